@@ -1,0 +1,58 @@
+"""A corpus of tiny denoisers with random weights: every denoiser of diffusers that builds, and plain modules."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from . import audio_and_other, image_transformers, plain, unets, video_transformers
+from .entry import Entry, Published, randomize_, stacks, tensors
+
+__all__ = ["CORE", "NOT_BUILT", "Entry", "Published", "corpus", "randomize_", "stacks", "tensors"]
+
+NOT_BUILT: dict[str, str] = {}
+
+CORE: tuple[str, ...] = (
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "UNet2DConditionModel-sdxl",
+    "UNetSpatioTemporalConditionModel",
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "AuraFlowTransformer2DModel",
+    "HunyuanDiT2DModel",
+    "SanaTransformer2DModel",
+    "LuminaNextDiT2DModel",
+    "ZImageTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "WanTransformer3DModel",
+    "LTXVideoTransformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "CogVideoXTransformer3DModel",
+    "MochiTransformer3DModel",
+    "StableAudioDiTModel",
+    "LatteTransformer3DModel",
+    "AllegroTransformer3DModel",
+    "plain-vit",
+    "plain-mlp",
+    "plain-unet",
+    "plain-dit-shared-adaln",
+)
+
+
+@cache
+def _entries() -> dict[str, Entry]:
+    modules = (unets, image_transformers, video_transformers, audio_and_other, plain)
+    entries = [entry for module in modules for entry in module.ENTRIES]
+    named = {entry.name: entry for entry in entries}
+    if len(named) != len(entries):
+        raise ValueError("two entries of the corpus share a name")
+    return named
+
+
+def corpus() -> dict[str, Entry]:
+    """Return every entry by name."""
+    return dict(_entries())
