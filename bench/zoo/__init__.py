@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from functools import cache
 
-from . import audio_and_other, image_transformers, plain, unets, video_transformers
+from . import (
+    audio_and_other,
+    flux_like,
+    image_transformers,
+    later_images,
+    later_unets,
+    later_videos,
+    plain,
+    unets,
+    video_transformers,
+    wan_like,
+)
 from .entry import Entry, Published, randomize_, stacks, tensors
+from .published import block_28, published
 
-__all__ = ["CORE", "NOT_BUILT", "Entry", "Published", "corpus", "randomize_", "stacks", "tensors"]
+__all__ = [
+    "CORE",
+    "NOT_BUILT",
+    "Entry",
+    "Published",
+    "block_28",
+    "corpus",
+    "published",
+    "randomize_",
+    "stacks",
+    "tensors",
+]
 
 NOT_BUILT: dict[str, str] = {}
 
@@ -45,7 +68,18 @@ CORE: tuple[str, ...] = (
 
 @cache
 def _entries() -> dict[str, Entry]:
-    modules = (unets, image_transformers, video_transformers, audio_and_other, plain)
+    modules = (
+        unets,
+        later_unets,
+        image_transformers,
+        flux_like,
+        later_images,
+        video_transformers,
+        wan_like,
+        later_videos,
+        audio_and_other,
+        plain,
+    )
     entries = [entry for module in modules for entry in module.ENTRIES]
     named = {entry.name: entry for entry in entries}
     if len(named) != len(entries):

@@ -70,6 +70,8 @@ def problems(entry: Entry, model: nn.Module, arguments: Call) -> list[str]:
     if not same(reference, model(*args, **kwargs)):
         found.append("it is not deterministic")
     for role, key in (("latent", entry.latent), ("timestep", entry.timestep)):
+        if key == "":
+            continue
         moved_args, moved_kwargs = replaced(arguments, key, shifted(argument(arguments, key)))
         if same(reference, model(*moved_args, **moved_kwargs)):
             found.append(f"its output ignores the {role}")

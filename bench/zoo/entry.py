@@ -16,7 +16,11 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A tiny denoiser with random weights and the call its pipeline makes."""
+    """A tiny denoiser with random weights and the call its pipeline makes.
+
+    ``latent`` and ``timestep`` name arguments of that call by keyword or by position; ``timestep`` is empty for
+    the one model that takes none. ``known_limits`` says why export alone does not capture it, where it does not.
+    """
 
     name: str
     family: str
