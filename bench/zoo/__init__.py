@@ -13,6 +13,7 @@ from . import (
     later_videos,
     plain,
     unets,
+    unusual,
     video_transformers,
     wan_like,
 )
@@ -32,7 +33,16 @@ __all__ = [
     "tensors",
 ]
 
-NOT_BUILT: dict[str, str] = {}
+NOT_BUILT: dict[str, str] = {
+    "DreamLiteTransformer2DModel": "the attention level inside DreamLiteUNetModel, not a denoiser of its own",
+    "DualTransformer2DModel": "an attention level of a deprecated U-Net, not a denoiser of its own",
+    "MiniMaxMusic3RVQDepthDecoder": "an autoregressive decoder of audio codes, it takes neither latent nor timestep",
+    "MotionAdapter": "weights that UNetMotionModel takes in; its forward does nothing",
+    "Transformer2DModel": "the attention level inside the U-Nets; as a denoiser, DiT and PixArt took its place",
+    "TransformerTemporalModel": "the temporal level inside the video U-Nets, not a denoiser of its own",
+    "UNetFlatConditionModel": "the text half of a deprecated pipeline, which merges it with an image U-Net at run time",
+    "UniDiffuserModel": "of a deprecated pipeline: three latents and two timesteps in one call",
+}
 
 CORE: tuple[str, ...] = (
     "UNet2DModel",
@@ -77,6 +87,7 @@ def _entries() -> dict[str, Entry]:
         video_transformers,
         wan_like,
         later_videos,
+        unusual,
         audio_and_other,
         plain,
     )

@@ -13,6 +13,14 @@ from torch import Tensor, nn
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
+_WHERE = (
+    "diffusers",
+    "diffusers.models.transformers",
+    "diffusers.models.unets",
+    "diffusers.pipelines.deprecated.wuerstchen",
+    "diffusers.pipelines.wuerstchen",
+)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -106,8 +114,11 @@ def seeded(factory: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def denoiser_class(name: str) -> type[nn.Module]:
     """Find a model class of diffusers by its name."""
-    for where in ("diffusers", "diffusers.models.transformers", "diffusers.models.unets"):
-        module = importlib.import_module(where)
+    for where in _WHERE:
+        try:
+            module = importlib.import_module(where)
+        except ImportError:
+            continue
         if hasattr(module, name):
             return getattr(module, name)
     raise ImportError(f"this diffusers has no {name}")
@@ -136,7 +147,7 @@ def stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(outer + ".") for outer in found):
             continue
-        items = [item for item in module if next(item.parameters(), None) is not None]
+        items = [item for item in module if item is not None and next(item.parameters(), None) is not None]
         if len(items) >= 2:
             found[path] = items
     return found

@@ -103,6 +103,14 @@ def _audio_ldm2(d: Draw) -> Call:
     )
 
 
+def _wuerstchen(d: Draw) -> Call:
+    return call(d(2, 4, 16, 16), r=d.float_t(scale=1e-3), effnet=d(2, 8, 4, 4), clip=d(2, 7, 24))
+
+
+def _wuerstchen_prior(d: Draw) -> Call:
+    return call(d(2, 8, 6, 6), r=d.float_t(scale=1e-3), c=d(2, 7, 24))
+
+
 def _prior(d: Draw) -> Call:
     return call(
         d(2, 24),
@@ -149,8 +157,8 @@ ENTRIES: tuple[Entry, ...] = (
         "UNet1DModel",
         {
             "sample_size": 64,
-            "extra_in_channels": 32,
-            "block_out_channels": (16, 16, 32, 32),
+            "extra_in_channels": 64,
+            "block_out_channels": (32, 32, 64, 64),
             "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D", "AttnDownBlock1D"),
             "up_block_types": ("AttnUpBlock1D", "AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
             "flip_sin_to_cos": True,
@@ -307,5 +315,30 @@ ENTRIES: tuple[Entry, ...] = (
         },
         _prior,
         latent=0,
+    ),
+    from_diffusers(
+        "WuerstchenDiffNeXt",
+        {
+            "c_r": 16,
+            "c_cond": 32,
+            "c_hidden": [16, 16, 32],
+            "nhead": [-1, 2, 2],
+            "blocks": [2, 2, 2],
+            "level_config": ["CT", "CTA", "CTA"],
+            "inject_effnet": [False, True, True],
+            "effnet_embd": 8,
+            "clip_embd": 24,
+        },
+        _wuerstchen,
+        latent=0,
+        timestep="r",
+        family="unet",
+    ),
+    from_diffusers(
+        "WuerstchenPrior",
+        {"c_in": 8, "c": 32, "c_cond": 24, "c_r": 16, "depth": 4, "nhead": 2},
+        _wuerstchen_prior,
+        latent=0,
+        timestep="r",
     ),
 )
