@@ -1,0 +1,158 @@
+"""The model's calling convention: a call's arguments as flat leaves, the key under which a call is captured, and the
+shape rules of programs captured with symbolic sizes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .program import TENSOR, StepProgram
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model, flattened. `leaves` keeps the caller's own objects, in the order of `spec`."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    names: tuple[str, ...]
+
+    @staticmethod
+    def of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Flatten a call; positional arguments get the parameter names of `module.forward`."""
+        paths, spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
+        positional = positional_names(module)
+        return Call(tuple(leaf for _, leaf in paths), spec, tuple(_name(path, positional) for path, _ in paths))
+
+
+def positional_names(module: nn.Module) -> list[str]:
+    """Parameter names of the module's forward, in order; empty if it takes only `*args`."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+
+
+def _name(path: tuple[Any, ...], positional: list[str]) -> str:
+    """A readable, identifier-like name for one argument leaf, such as `added_cond_kwargs_text_embeds`."""
+    side, where, *rest = path
+    if side.idx == 0:
+        name = positional[where.idx] if where.idx < len(positional) else f"arg{where.idx}"
+    else:
+        name = str(where.key)
+    parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in rest]
+    return "_".join([name, *parts])
+
+
+def is_number(leaf: Any) -> bool:
+    """A Python number that may vary from step to step (bool is a switch, not a number)."""
+    return isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
+
+
+def number_tensor(value: int | float) -> torch.Tensor:
+    """The 0-d tensor that stands for a Python number: int64 or float64, so that no precision is lost."""
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def autocast_state(device_type: str) -> tuple[bool, torch.dtype | None]:
+    """Whether autocast is on for the device type, and to which dtype: part of the capture key."""
+    try:
+        enabled = torch.is_autocast_enabled(device_type)
+    except RuntimeError:
+        return (False, None)
+    return (enabled, torch.get_autocast_dtype(device_type) if enabled else None)
+
+
+def call_key(call: Call, device_type: str, constants: frozenset[int] | None = None) -> tuple[Any, ...]:
+    """What must be equal for a captured program to serve a call: tree, shapes, dtypes, devices, literals, autocast.
+
+    Python numbers count by type alone, unless their leaf index is in `constants` (they reach a shape or a branch).
+    """
+    parts: list[Any] = []
+    for index, leaf in enumerate(call.leaves):
+        if isinstance(leaf, torch.Tensor):
+            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
+        elif is_number(leaf) and not (constants and index in constants):
+            parts.append(type(leaf))
+        else:
+            try:
+                hash(leaf)
+                parts.append((type(leaf), leaf))
+            except TypeError:
+                parts.append((type(leaf), id(leaf)))
+    return (call.spec, tuple(parts), autocast_state(device_type))
+
+
+def describe_mismatch(call: Call, program: StepProgram) -> str:
+    """In words, how a call differs from the one a program was captured for; empty if it does not."""
+    signature = program.signature
+    if call.spec != signature.in_spec:
+        return "the arguments given are not the same ones"
+    for leaf, captured, name in zip(call.leaves, signature.leaves, signature.names, strict=True):
+        if (captured is TENSOR) != (isinstance(leaf, torch.Tensor) or is_number(leaf)):
+            return f"'{name}' was {captured!r} and is {type(leaf).__name__} now"
+    return ""
+
+
+class ShapeRules:
+    """Decides whether a program captured with symbolic sizes serves given shapes.
+
+    Built from the symbolic shapes of the program's own inputs, the ranges export derived, and the guards met while
+    tracing. Matching binds each symbol once, then evaluates every rule on the bound numbers.
+    """
+
+    def __init__(self, program: StepProgram, ranges: Mapping[Any, Any], guards: list[Any]) -> None:
+        self._shapes: dict[int, tuple[Any, ...]] = {}
+        self._ranges = dict(ranges)
+        self._guards = guards
+        nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+        for (position, entry), leaf in zip(_user_inputs(program), program.signature.tensor_leaves, strict=True):
+            assert int(entry.target) == leaf
+            self._shapes[leaf] = tuple(_expression(size) for size in nodes[position].meta["val"].shape)
+
+    @property
+    def symbolic(self) -> bool:
+        return any(not isinstance(size, int) for shape in self._shapes.values() for size in shape)
+
+    def accepts(self, call: Call) -> bool:
+        """True if every size of the call's tensors obeys the program's symbols, ranges and guards."""
+        bound: dict[Any, int] = {}
+        later: list[tuple[Any, int]] = []
+        for leaf, shape in self._shapes.items():
+            value = call.leaves[leaf]
+            sizes = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+            if len(sizes) != len(shape):
+                return False
+            for expected, size in zip(shape, sizes, strict=True):
+                if isinstance(expected, int):
+                    if expected != size:
+                        return False
+                elif expected.is_symbol:
+                    if bound.setdefault(expected, size) != size:
+                        return False
+                else:
+                    later.append((expected, size))
+        if any(expression.xreplace(bound) != size for expression, size in later):
+            return False
+        for symbol, allowed in self._ranges.items():
+            if symbol in bound and not (allowed.lower <= bound[symbol] <= allowed.upper):
+                return False
+        return all(bool(guard.xreplace(bound)) is True for guard in self._guards if guard.free_symbols <= bound.keys())
+
+
+def _user_inputs(program: StepProgram) -> Any:
+    from .program import InputKind
+
+    return program.inputs_of(InputKind.USER)
+
+
+def _expression(size: Any) -> Any:
+    return size if isinstance(size, int) else size.node.expr

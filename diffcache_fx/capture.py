@@ -1,0 +1,334 @@
+"""Capture: a module and an example call become one functional `StepProgram`.
+
+`torch.export` in non-strict mode first; where that fails, the other ways in `_WAYS`, in order. Whatever the way, the
+exported program is made functional by `run_decompositions({})`: plain export may hold in-place writes.
+
+Real example tensors are also used for one plain call before tracing (models that build tables lazily must not build them
+from traced values) and for one call of the program after it, whose outputs must be those of the plain call.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.graph_signature import InputKind as ExportKind
+from torch.export.graph_signature import OutputKind as ExportOutput
+from torch.utils import _pytree as pytree
+
+from .calling import Call, ShapeRules, is_number, number_tensor
+from .errors import CallError, CaptureError
+from .parameters import Parameters
+from .program import TENSOR, CallSignature, Input, InputKind, Output, OutputKind, StepProgram, output_node
+
+log = logging.getLogger(__name__)
+_MODEL = "model"
+
+
+class _Output:
+    """What the model's output looked like. An object of its own: export restores a module's plain attributes."""
+
+    spec: pytree.TreeSpec | None = None
+    leaves: tuple[Any, ...] = ()  # None in place of tensors
+    tensors: tuple[bool, ...] = ()
+
+
+class _Flat(nn.Module):
+    """The model behind a flat calling convention: tensors in, tensors out, everything else remembered."""
+
+    def __init__(self, model: nn.Module, call: Call, variable: tuple[int, ...], output: _Output) -> None:
+        super().__init__()
+        self.model = model
+        self._call = call
+        self._variable = variable
+        self._output = output
+        self.training = model.training  # not .train(): that would reach into the user's submodules
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = list(self._call.leaves)
+        for index, tensor in zip(self._variable, tensors, strict=True):
+            leaves[index] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self._call.spec)
+        leaves, self._output.spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        self._output.leaves = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        tensors_out = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        self._output.tensors = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        return tensors_out
+
+
+def capture(
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = False
+) -> tuple[StepProgram, ShapeRules]:
+    """Trace one call of `module` to a StepProgram.
+
+    args, kwargs: an example call (real or fake tensors). Python numbers become 0-d tensors, except those that reach a
+    shape or a branch, which stay constants. dynamic: keep sizes symbolic where the model allows it.
+
+    Returns the program and the rules that tell which other shapes it serves.
+    Raises CaptureError where no way of tracing works, CallError where the example call itself fails.
+    """
+    call = Call.of(module, args, kwargs or {})
+    if module.training:
+        raise CallError(
+            f"{type(module).__name__} is in training mode: its dropout would differ at every step. Call .eval() first."
+        )
+    tensors = tuple(i for i, leaf in enumerate(call.leaves) if isinstance(leaf, torch.Tensor))
+    if not tensors:
+        raise CallError(f"the call of {type(module).__name__} holds no tensor: give the latents as a torch.Tensor.")
+    numbers = tuple(i for i, leaf in enumerate(call.leaves) if is_number(leaf))
+    start = time.perf_counter()
+    attempt = _Attempts(module, call, tensors, dynamic)
+    program, rules = attempt.best(numbers)
+    log.info(
+        "captured %s in %.1f s by %s: %d nodes",
+        type(module).__name__,
+        time.perf_counter() - start,
+        program.captured_by,
+        len(program.graph.nodes),
+    )
+    return program, rules
+
+
+class _Attempts:
+    """Tries the ways of tracing, with as many Python numbers as tensors as the model bears."""
+
+    def __init__(self, module: nn.Module, call: Call, tensors: tuple[int, ...], dynamic: bool) -> None:
+        self.module, self.call, self.tensors, self.dynamic = module, call, tensors, dynamic
+        self.failures: list[tuple[str, BaseException]] = []
+        examples = [call.leaves[i] for i in tensors]
+        self.real = not any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in examples)
+        self.reference: list[torch.Tensor] | None = self._plain_call() if self.real else None
+
+    def _plain_call(self) -> list[torch.Tensor]:
+        args, kwargs = pytree.tree_unflatten(self.call.leaves, self.call.spec)
+        with torch.no_grad():
+            leaves = pytree.tree_leaves(self.module(*args, **kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def best(self, numbers: tuple[int, ...]) -> tuple[StepProgram, ShapeRules]:
+        free = tuple(index for index in numbers if self._may_vary(index))
+        for name, way in _WAYS:
+            found = self._try(name, way, free)
+            if found is None and free:
+                found = self._try(name, way, ())
+            if found is not None:
+                return found
+        raise CaptureError(self._explain()) from self.failures[0][1]
+
+    def _may_vary(self, index: int) -> bool:
+        """Whether the model runs on a tensor whose value is unknown in place of this number: it reaches no shape and no
+        branch. Tried on fake tensors, which takes a fraction of a trace."""
+        leaves = list(self.call.leaves)
+        fake = next((leaf for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake is None else fake.fake_mode
+        try:
+            with mode, torch.no_grad(), _quiet():
+                leaves = [
+                    mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) else leaf
+                    for leaf in leaves
+                ]
+                leaves[index] = mode.from_tensor(number_tensor(leaves[index]))
+                args, kwargs = pytree.tree_unflatten(leaves, self.call.spec)
+                self.module(*args, **kwargs)
+        except Exception as error:
+            log.debug("%s stays a constant: %s", self.call.names[index], error)
+            return False
+        return True
+
+    def _try(
+        self, name: str, way: Callable[..., Any], numbers: tuple[int, ...]
+    ) -> tuple[StepProgram, ShapeRules] | None:
+        variable = tuple(sorted((*self.tensors, *numbers)))
+        output = _Output()
+        flat = _Flat(self.module, self.call, variable, output)
+        inputs = tuple(
+            leaf if isinstance(leaf, torch.Tensor) else number_tensor(leaf)
+            for leaf in (self.call.leaves[i] for i in variable)
+        )
+        try:
+            with torch.no_grad(), _quiet():
+                exported = way(flat, inputs, self.dynamic)
+                exported = exported.run_decompositions({})
+                program = _to_program(exported, flat, output, self.call, variable, frozenset(numbers), name)
+                self._check(program, inputs)
+        except Exception as error:
+            self.failures.append((name, error))
+            log.info("capture by %s failed: %s", name, str(error).splitlines()[0] if str(error) else repr(error))
+            return None
+        guards = _guards(exported) if self.dynamic else []
+        return program, ShapeRules(program, exported.range_constraints, guards)
+
+    def _check(self, program: StepProgram, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Compare the program with the plain call: wrong numbers are worse than no program."""
+        if self.reference is None:
+            return
+        got = program.module(*program.bind(Parameters(self.module), list(inputs)))
+        same = all(torch.equal(a, b) for a, b in zip(got, self.reference, strict=True))
+        if same:
+            return
+        for ours, theirs in zip(got, self.reference, strict=True):
+            scale = theirs.abs().amax().item() if theirs.numel() else 0.0
+            worst = (ours.double() - theirs.double()).abs().amax().item() if theirs.numel() else 0.0
+            rounding = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 5e-2
+            if not worst <= rounding * max(scale, 1e-6):
+                raise CaptureError(
+                    f"the traced {type(self.module).__name__} computes something else than the model (off by {worst:.3g} "
+                    f"of {scale:.3g}): it draws random numbers, or keeps state from call to call"
+                )
+        log.warning(
+            "the traced %s agrees with the model to rounding only: the model takes another kernel in eager mode",
+            type(self.module).__name__,
+        )
+
+    def _explain(self) -> str:
+        kind = type(self.module).__name__
+        _, error = self.failures[0]
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if isinstance(error, CaptureError):
+            return str(error)
+        tried = ", ".join(dict.fromkeys(way for way, _ in self.failures))
+        return (
+            f"{kind} cannot be traced to one graph (tried: {tried}). {type(error).__name__}: {first[:300]}"
+            f"{_user_line(error)} Try: passing varying numbers as tensors, fixed shapes instead of data-dependent "
+            f"ones, or a smaller part of the model (for example `model.transformer`)."
+        )
+
+
+def _export(flat: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool, strict: bool) -> Any:
+    shapes = None
+    if dynamic:
+        auto = torch.export.Dim.AUTO
+        shapes = (tuple({dim: auto for dim, size in enumerate(tensor.shape) if size > 1} for tensor in inputs),)
+    return torch.export.export(flat, inputs, dynamic_shapes=shapes, strict=strict)
+
+
+def _non_strict(flat: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool) -> Any:
+    return _export(flat, inputs, dynamic, strict=False)
+
+
+def _dynamo(flat: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool) -> Any:
+    return _export(flat, inputs, dynamic, strict=True)
+
+
+_WAYS: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ("export", _non_strict),
+    ("dynamo", _dynamo),
+)
+
+
+def _to_program(
+    exported: Any, flat: _Flat, output: _Output, call: Call, variable: tuple[int, ...], numbers: frozenset[int], way: str
+) -> StepProgram:
+    signature = exported.graph_signature
+    written = [spec for spec in signature.output_specs if spec.kind is not ExportOutput.USER_OUTPUT]
+    if written:
+        targets = ", ".join(sorted({str(spec.target) for spec in written})[:4])
+        raise CaptureError(
+            f"{type(flat.model).__name__} writes to {targets} while it runs; a cached step must be free of side "
+            "effects. Return the new value instead, or register it outside the denoiser."
+        )
+    inputs: list[Input] = []
+    constants: dict[str, torch.Tensor] = {}
+    users = iter(variable)
+    names = dict(zip(range(len(call.names)), call.names, strict=True))
+    known = {**dict(flat.named_parameters(remove_duplicate=False)), **dict(flat.named_buffers(remove_duplicate=False))}
+    kinds = {ExportKind.PARAMETER: InputKind.PARAMETER, ExportKind.BUFFER: InputKind.BUFFER}
+    for spec in signature.input_specs:
+        if spec.kind is ExportKind.USER_INPUT:
+            leaf = next(users)
+            inputs.append(Input(InputKind.USER, names[leaf], str(leaf)))
+        elif spec.kind in kinds and spec.target in known:
+            inputs.append(Input(kinds[spec.kind], spec.arg.name, spec.target.removeprefix(_MODEL + ".")))
+        elif spec.target in exported.constants or spec.target in exported.state_dict:
+            value = exported.constants.get(spec.target, exported.state_dict.get(spec.target))
+            if not isinstance(value, torch.Tensor):
+                raise CaptureError(f"the graph needs the object '{spec.target}', which is no tensor")
+            constants[spec.target] = value
+            inputs.append(Input(InputKind.CONSTANT, spec.arg.name, spec.target))
+        else:
+            raise CaptureError(f"the graph needs '{spec.target}' ({spec.kind.name}), which the module does not hold")
+    module = exported.graph_module
+    _tidy(module.graph, inputs)
+    outputs = tuple(Output(OutputKind.USER, str(i)) for i in range(len(signature.output_specs)))
+    assert output.spec is not None
+    literals = tuple((i, leaf) for i, leaf in enumerate(output.leaves) if not output.tensors[i])
+    if not outputs:
+        raise CaptureError(
+            f"{type(flat.model).__name__} returns no tensor (its output is {literals[:1]!r}): return tensors, or "
+            "register the output class with torch.utils._pytree."
+        )
+    convention = CallSignature(
+        in_spec=call.spec,
+        leaves=tuple(TENSOR if i in variable else leaf for i, leaf in enumerate(call.leaves)),
+        names=call.names,
+        numbers=numbers,
+        out_spec=output.spec,
+        out_constants=literals,
+    )
+    return StepProgram(
+        module=fx.GraphModule(module, module.graph),
+        inputs=tuple(inputs),
+        outputs=outputs,
+        signature=convention,
+        constants=constants,
+        captured_by=way,
+    )
+
+
+def _tidy(graph: fx.Graph, inputs: list[Input]) -> None:
+    """Name placeholders after the caller's arguments and drop the wrapper from every node's module stack."""
+    for node, entry in zip((n for n in graph.nodes if n.op == "placeholder"), inputs, strict=True):
+        if entry.kind is InputKind.USER:
+            node._rename(entry.name)
+        elif node.name.startswith(("p_model_", "b_model_", "c_model_")):
+            node._rename(node.name[:2] + node.name[len("p_model_") :])
+    for position, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+        inputs[position] = Input(inputs[position].kind, node.name, inputs[position].target)
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = {
+                key: (fqn.removeprefix(_MODEL).removeprefix("."), kind)
+                for key, (fqn, kind) in stack.items()
+                if fqn == _MODEL or fqn.startswith(_MODEL + ".")
+            }
+    values = output_node(graph).args[0]
+    output_node(graph).args = (tuple(values) if isinstance(values, (tuple, list)) else (values,),)
+
+
+def _guards(exported: Any) -> list[Any]:
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and getattr(value, "fake_mode", None) is not None:
+            environment = value.fake_mode.shape_env
+            return [guard.expr for guard in environment.guards] if environment is not None else []
+    return []
+
+
+def _user_line(error: BaseException) -> str:
+    """Where in the model's own code tracing stopped: ` At FILE:LINE in NAME: CODE.`, or an empty string."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename and not frame.filename.endswith(("capture.py", "contextlib.py"))
+    ]
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f" At {frame.filename.rpartition('/')[2]}:{frame.lineno} in {frame.name}: `{frame.line}`."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep export's own warnings (deprecated tree specs and the like) out of the user's terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,90 @@
+"""Normalize: remove what computes nothing, so that later passes and exporters meet only real work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from diffcache_fx.program import StepProgram, value_of
+
+from .purity import draws_random, eliminate_dead, is_assert
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Delete asserts, and replace operators that return their argument unchanged by that argument.
+
+    Rules:
+    1. Runtime asserts left by export are deleted.
+    2. `dropout` in evaluation mode, `detach`, `alias`, `lift_fresh_copy` become their argument.
+    3. `squeeze` on dimensions that are not 1, `view`/`reshape`/`expand` to the same shape, and a `slice` of everything
+       become their argument.
+    4. Unused nodes are deleted by the project's purity rule.
+
+    Before:  a = squeeze(x, 1); b = dropout(a, 0.1, False); _assert_tensor_metadata(b); c = relu(b)
+    After:   c = relu(x)
+
+    Nothing that changes values, dtypes, strides of a copied tensor, or the program's inputs and outputs is touched.
+    """
+
+    def __call__(self, program: StepProgram) -> StepProgram:
+        result = program.copy()
+        graph = result.graph
+        for node in list(graph.nodes):
+            if is_assert(node):
+                graph.erase_node(node)
+        for node in list(graph.nodes):
+            if node.op == "call_function" and _is_no_op(node):
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+        eliminate_dead(graph)
+        graph.lint()
+        return result
+
+
+def _same_shape(node: fx.Node) -> bool:
+    before, after = value_of(node.args[0]), value_of(node)  # type: ignore[arg-type]
+    return (
+        isinstance(before, torch.Tensor)
+        and isinstance(after, torch.Tensor)
+        and tuple(before.shape) == tuple(after.shape)
+        and before.dtype == after.dtype
+        and before.stride() == after.stride()
+    )
+
+
+def _always(node: fx.Node) -> bool:
+    return True
+
+
+_NO_OPS: dict[str, Callable[[fx.Node], bool]] = {
+    "aten::alias": _always,
+    "aten::detach": _always,
+    "aten::dropout": lambda node: not draws_random(node),
+    "aten::squeeze": _same_shape,
+    "aten::view": _same_shape,
+    "aten::reshape": _same_shape,
+    "aten::_unsafe_view": _same_shape,
+    "aten::expand": _same_shape,
+    "aten::slice": _same_shape,
+    "aten::permute": _same_shape,
+}
+
+
+def _is_no_op(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    rule = _NO_OPS.get(node.target._schema.name)
+    if rule is None or not rule(node):
+        return False
+    if node.target._schema.name == "aten::permute":
+        order = node.args[1]
+        return isinstance(order, (list, tuple)) and list(order) == sorted(int(d) for d in order)  # type: ignore[arg-type]
+    return True
