@@ -6,6 +6,9 @@ from functools import cache
 
 from . import (
     audio_and_other,
+    audio_video,
+    cascades,
+    editing,
     flux_like,
     image_transformers,
     later_images,
@@ -81,12 +84,15 @@ def _entries() -> dict[str, Entry]:
     modules = (
         unets,
         later_unets,
+        cascades,
         image_transformers,
         flux_like,
         later_images,
+        editing,
         video_transformers,
         wan_like,
         later_videos,
+        audio_video,
         unusual,
         audio_and_other,
         plain,

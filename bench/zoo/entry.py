@@ -27,7 +27,7 @@ class Entry:
     """A tiny denoiser with random weights and the call its pipeline makes.
 
     ``latent`` and ``timestep`` name arguments of that call by keyword or by position; ``timestep`` is empty for
-    the one model that takes none. ``known_limits`` says why export alone does not capture it, where it does not.
+    the one model that takes none. ``known_limits`` says what export alone cannot do with it, and why.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Image transformers derived from Flux, with double and single streams, and some later relatives."""
+"""Image transformers on packed tokens: the descendants of Flux, and the single-stream models that followed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,52 @@ def _ernie(d: Draw) -> Call:
     return call(hidden_states=d(2, 8, 4, 4), timestep=d.float_t(), text_bth=d(2, 7, 24), text_lens=torch.tensor([7, 5]))
 
 
+def _flux2(d: Draw) -> Call:
+    image_ids = torch.nn.functional.pad(grid_ids(4, 4), (0, 1))[None].repeat(2, 1, 1)
+    text_ids = torch.zeros(2, 7, 4)
+    text_ids[..., 3] = torch.arange(7)
+    return call(
+        hidden_states=d(2, 16, 16),
+        timestep=d.float_t(scale=1e-3),
+        guidance=torch.full((2,), 4.0),
+        encoder_hidden_states=d(2, 7, 24),
+        txt_ids=text_ids,
+        img_ids=image_ids,
+        joint_attention_kwargs=None,
+    )
+
+
+def _z_image(d: Draw) -> Call:
+    latents = list(d(2, 4, 1, 8, 8).unbind(0))
+    return call(latents, 1 - d.float_t(scale=1e-3), [d(9, 24), d(5, 24)])
+
+
+def _qwen_image(d: Draw) -> Call:
+    return call(
+        hidden_states=d(2, 16, 16),
+        timestep=d.float_t(scale=1e-3),
+        guidance=None,
+        encoder_hidden_states_mask=padding_mask(7, 5, size=7),
+        encoder_hidden_states=d(2, 7, 24),
+        img_shapes=[[(1, 4, 4)]] * 2,
+        attention_kwargs={},
+    )
+
+
+def _chroma(d: Draw) -> Call:
+    return call(
+        hidden_states=d(2, 16, 16),
+        timestep=d.float_t(scale=1e-3),
+        encoder_hidden_states=d(2, 7, 24),
+        txt_ids=torch.zeros(7, 3),
+        img_ids=grid_ids(4, 4),
+        attention_mask=padding_mask(23, 23, size=23, dtype=torch.bool),
+        joint_attention_kwargs=None,
+    )
+
+
 _ROPE = {"axes_dims_rope": (4, 6, 6)}
+
 
 ENTRIES: tuple[Entry, ...] = (
     from_diffusers("BriaTransformer2DModel", {**FLUX, "axes_dims_rope": [4, 6, 6]}, _bria),
@@ -103,6 +148,7 @@ ENTRIES: tuple[Entry, ...] = (
             "axes_lens": (64, 16, 16),
         },
         _bria_fibo2,
+        known_limits="reads the length of the text back from its mask (.tolist()) and sizes a tensor with it",
     ),
     from_diffusers(
         "LongCatImageTransformer2DModel",
@@ -153,5 +199,51 @@ ENTRIES: tuple[Entry, ...] = (
             "rope_axes_dim": (4, 6, 6),
         },
         _ernie,
+    ),
+    from_diffusers(
+        "Flux2Transformer2DModel",
+        {**FLUX, "timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4)},
+        _flux2,
+    ),
+    from_diffusers(
+        "ZImageTransformer2DModel",
+        {
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 6,
+            "n_refiner_layers": 2,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 24,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [128, 32, 32],
+        },
+        _z_image,
+        latent=0,
+        timestep=1,
+    ),
+    from_diffusers(
+        "QwenImageTransformer2DModel",
+        {
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 6,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "joint_attention_dim": 24,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        _qwen_image,
+    ),
+    from_diffusers(
+        "ChromaTransformer2DModel",
+        {
+            **FLUX,
+            "axes_dims_rope": (4, 6, 6),
+            "approximator_num_channels": 16,
+            "approximator_hidden_dim": 32,
+            "approximator_layers": 2,
+        },
+        _chroma,
     ),
 )

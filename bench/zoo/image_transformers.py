@@ -60,21 +60,6 @@ def _flux(d: Draw) -> Call:
     )
 
 
-def _flux2(d: Draw) -> Call:
-    image_ids = torch.nn.functional.pad(grid_ids(4, 4), (0, 1))[None].repeat(2, 1, 1)
-    text_ids = torch.zeros(2, 7, 4)
-    text_ids[..., 3] = torch.arange(7)
-    return call(
-        hidden_states=d(2, 16, 16),
-        timestep=d.float_t(scale=1e-3),
-        guidance=torch.full((2,), 4.0),
-        encoder_hidden_states=d(2, 7, 24),
-        txt_ids=text_ids,
-        img_ids=image_ids,
-        joint_attention_kwargs=None,
-    )
-
-
 def _auraflow(d: Draw) -> Call:
     return call(d(2, 4, 8, 8), encoder_hidden_states=d(2, 7, 24), timestep=d.float_t(scale=1e-3), attention_kwargs=None)
 
@@ -112,35 +97,6 @@ def _lumina_next(d: Draw) -> Call:
         encoder_mask=padding_mask(7, 5, size=7),
         image_rotary_emb=embeddings.get_2d_rotary_pos_embed_lumina(8, 8, 8, linear_factor=1.0, ntk_factor=1.0),
         cross_attention_kwargs={},
-    )
-
-
-def _z_image(d: Draw) -> Call:
-    latents = list(d(2, 4, 1, 8, 8).unbind(0))
-    return call(latents, 1 - d.float_t(scale=1e-3), [d(9, 24), d(5, 24)])
-
-
-def _qwen_image(d: Draw) -> Call:
-    return call(
-        hidden_states=d(2, 16, 16),
-        timestep=d.float_t(scale=1e-3),
-        guidance=None,
-        encoder_hidden_states_mask=padding_mask(7, 5, size=7),
-        encoder_hidden_states=d(2, 7, 24),
-        img_shapes=[[(1, 4, 4)]] * 2,
-        attention_kwargs={},
-    )
-
-
-def _chroma(d: Draw) -> Call:
-    return call(
-        hidden_states=d(2, 16, 16),
-        timestep=d.float_t(scale=1e-3),
-        encoder_hidden_states=d(2, 7, 24),
-        txt_ids=torch.zeros(7, 3),
-        img_ids=grid_ids(4, 4),
-        attention_mask=padding_mask(23, 23, size=23, dtype=torch.bool),
-        joint_attention_kwargs=None,
     )
 
 
@@ -201,11 +157,6 @@ ENTRIES: tuple[Entry, ...] = (
         "FluxTransformer2DModel",
         {**FLUX, "pooled_projection_dim": 20, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6)},
         _flux,
-    ),
-    from_diffusers(
-        "Flux2Transformer2DModel",
-        {**FLUX, "timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4)},
-        _flux2,
     ),
     from_diffusers(
         "AuraFlowTransformer2DModel",
@@ -269,46 +220,5 @@ ENTRIES: tuple[Entry, ...] = (
             "cross_attention_dim": 24,
         },
         _lumina_next,
-    ),
-    from_diffusers(
-        "ZImageTransformer2DModel",
-        {
-            "in_channels": 4,
-            "dim": 32,
-            "n_layers": 6,
-            "n_refiner_layers": 2,
-            "n_heads": 2,
-            "n_kv_heads": 2,
-            "cap_feat_dim": 24,
-            "axes_dims": [4, 6, 6],
-            "axes_lens": [128, 32, 32],
-        },
-        _z_image,
-        latent=0,
-        timestep=1,
-    ),
-    from_diffusers(
-        "QwenImageTransformer2DModel",
-        {
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 6,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "joint_attention_dim": 24,
-            "axes_dims_rope": (4, 6, 6),
-        },
-        _qwen_image,
-    ),
-    from_diffusers(
-        "ChromaTransformer2DModel",
-        {
-            **FLUX,
-            "axes_dims_rope": (4, 6, 6),
-            "approximator_num_channels": 16,
-            "approximator_hidden_dim": 32,
-            "approximator_layers": 2,
-        },
-        _chroma,
     ),
 )

@@ -23,18 +23,6 @@ def _cogview(d: Draw) -> Call:
     )
 
 
-def _glm_image(d: Draw) -> Call:
-    return call(
-        hidden_states=d(2, 4, 8, 8),
-        encoder_hidden_states=d(2, 7, 24),
-        prior_token_id=d.ints(32, 2, 16),
-        prior_token_drop=torch.tensor([[False], [True]]).repeat(1, 16),
-        timestep=d.float_t() - 1,
-        **{key: value.clone() for key, value in _SIZES.items()},
-        attention_kwargs=None,
-    )
-
-
 def _hidream(d: Draw) -> Call:
     return call(
         hidden_states=d(2, 4, 8, 8),
@@ -81,20 +69,6 @@ def _ideogram4(d: Draw) -> Call:
     )
 
 
-def _joy_image(d: Draw) -> Call:
-    return call(hidden_states=d(2, 2, 4, 1, 8, 8), timestep=d.float_t(), encoder_hidden_states=d(2, 7, 24))
-
-
-def _joy_image_plus(d: Draw) -> Call:
-    return call(
-        hidden_states=d(2, 20, 4, 1, 2, 2),
-        timestep=d.float_t(),
-        encoder_hidden_states=d(2, 7, 24),
-        encoder_hidden_states_mask=padding_mask(7, 5, size=7),
-        shape_list=[[(1, 4, 4), (1, 2, 2)], [(1, 4, 4)]],
-    )
-
-
 def _lumina2(d: Draw) -> Call:
     return call(
         hidden_states=d(2, 4, 8, 8),
@@ -116,41 +90,12 @@ def _nucleus(d: Draw) -> Call:
     )
 
 
-def _omnigen(d: Draw) -> Call:
-    text, image = 6, 16
-    length = text + 1 + image
-    mask = torch.ones(length, length).tril()
-    mask[-image - 1 :, -image - 1 :] = 1
-    return call(
-        hidden_states=d(2, 4, 8, 8),
-        timestep=1 - d.float_t(scale=1e-3),
-        input_ids=d.ints(32, 2, text),
-        input_img_latents=[],
-        input_image_sizes={},
-        attention_mask=mask[None].repeat(2, 1, 1),
-        position_ids=torch.arange(length)[None].repeat(2, 1),
-    )
-
-
 def _prx(d: Draw) -> Call:
     return call(
         hidden_states=d(2, 4, 8, 8),
         timestep=d.float_t(scale=1e-3),
         encoder_hidden_states=d(2, 7, 24),
         attention_mask=padding_mask(7, 5, size=7, dtype=torch.bool),
-    )
-
-
-def _qwen_image21(d: Draw) -> Call:
-    # 16 target tokens stand in 4 slots of the text model's sequence
-    return call(
-        hidden_states=d(2, 16, 16),
-        timestep=d.float_t(scale=1e-3),
-        encoder_hidden_states=d(2, 7, 24),
-        encoder_hidden_states_mask=padding_mask(7, 5, size=7),
-        img_shapes=[[(1, 4, 4)]] * 2,
-        img_mask=torch.tensor([[False] * 7 + [True] * 4]).repeat(2, 1),
-        attention_kwargs=None,
     )
 
 
@@ -175,15 +120,6 @@ _HUNYUAN_IMAGE = {
     "text_embed_dim": 24,
     "rope_axes_dim": (8, 8),
 }
-_JOY = {
-    "in_channels": 4,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "text_dim": 24,
-    "num_layers": 6,
-    "mlp_width_ratio": 2.0,
-    "rope_dim_list": [4, 6, 6],
-}
 
 ENTRIES: tuple[Entry, ...] = (
     from_diffusers("CogView3PlusTransformer2DModel", {**_COGVIEW, "pos_embed_max_size": 8, "sample_size": 8}, _cogview),
@@ -192,7 +128,6 @@ ENTRIES: tuple[Entry, ...] = (
         {**_COGVIEW, "pos_embed_max_size": 8, "sample_size": 8, "rope_axes_dim": (16, 16)},
         _cogview,
     ),
-    from_diffusers("GlmImageTransformer2DModel", {**_COGVIEW, "prior_vq_quantizer_codebook_size": 32}, _glm_image),
     from_diffusers(
         "HiDreamImageTransformer2DModel",
         {
@@ -213,10 +148,14 @@ ENTRIES: tuple[Entry, ...] = (
         },
         _hidream,
         timestep="timesteps",
+        known_limits="counts the tokens of each expert with .numpy()",
     ),
     from_diffusers("HunyuanImageTransformer2DModel", _HUNYUAN_IMAGE, _hunyuan_image),
     from_diffusers(
-        "HunyuanImageTransformer2DModel-glyphs", {**_HUNYUAN_IMAGE, "text_embed_2_dim": 20}, _hunyuan_image_glyphs
+        "HunyuanImageTransformer2DModel-glyphs",
+        {**_HUNYUAN_IMAGE, "text_embed_2_dim": 20},
+        _hunyuan_image_glyphs,
+        known_limits="reorders the tokens of both texts by their masks: sizes that depend on data",
     ),
     from_diffusers(
         "Ideogram4Transformer2DModel",
@@ -231,8 +170,6 @@ ENTRIES: tuple[Entry, ...] = (
         },
         _ideogram4,
     ),
-    from_diffusers("JoyImageEditTransformer3DModel", _JOY, _joy_image),
-    from_diffusers("JoyImageEditPlusTransformer3DModel", _JOY, _joy_image_plus),
     from_diffusers(
         "Lumina2Transformer2DModel",
         {
@@ -249,6 +186,7 @@ ENTRIES: tuple[Entry, ...] = (
             "cap_feat_dim": 24,
         },
         _lumina2,
+        known_limits="reads the lengths of the texts back from the mask and puts them in a set: SymInt does not hash",
     ),
     from_diffusers(
         "NucleusMoEImageTransformer2DModel",
@@ -268,23 +206,6 @@ ENTRIES: tuple[Entry, ...] = (
         _nucleus,
     ),
     from_diffusers(
-        "OmniGenTransformer2DModel",
-        {
-            "in_channels": 4,
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "intermediate_size": 48,
-            "num_layers": 6,
-            "pad_token_id": 0,
-            "vocab_size": 32,
-            "rope_scaling": {"short_factor": [1.0] * 8, "long_factor": [1.5] * 8},
-            "pos_embed_max_size": 8,
-            "time_step_dim": 32,
-        },
-        _omnigen,
-    ),
-    from_diffusers(
         "PRXTransformer2DModel",
         {
             "in_channels": 4,
@@ -296,17 +217,5 @@ ENTRIES: tuple[Entry, ...] = (
             "axes_dim": [8, 8],
         },
         _prx,
-    ),
-    from_diffusers(
-        "QwenImage21Transformer2DModel",
-        {
-            **_HEADS,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 6,
-            "context_in_dim": 24,
-            "axes_dims_rope": (4, 6, 6),
-        },
-        _qwen_image21,
     ),
 )

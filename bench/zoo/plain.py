@@ -16,12 +16,12 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.half = dim // 2
-        self.mlp = nn.Sequential(nn.Linear(2 * self.half, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.waves = dim // 2
+        self.mlp = nn.Sequential(nn.Linear(2 * self.waves, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps of shape [batch]."""
-        rates = torch.exp(-math.log(10000.0) * torch.arange(self.half, device=t.device) / self.half)
+        rates = torch.exp(-math.log(10000.0) * torch.arange(self.waves, device=t.device) / self.waves)
         angles = t[:, None].float() * rates
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
@@ -190,7 +190,7 @@ def _labelled(channels: int, d: Draw) -> Call:
     return call(d(2, channels, 16, 16), d.float_t(), d.ints(5, 2))
 
 
-_FUSED = "eager takes the fused fast path of the layer, which tracing does not: equal to rounding only"
+_FUSED = "captured, but equal to rounding only: eager takes the fused fast path of the layer, tracing does not"
 
 ENTRIES: tuple[Entry, ...] = (
     # an odd number of heads keeps eager off the fused fast path, so that eager and export run the same kernels
