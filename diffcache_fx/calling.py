@@ -4,7 +4,7 @@ shape rules of programs captured with symbolic sizes."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .program import TENSOR, StepProgram
+from .program import InputKind, StepProgram
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Call:
     @staticmethod
     def of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Flatten a call; positional arguments get the parameter names of `module.forward`."""
-        paths, spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
+        paths, spec = pytree.tree_flatten_with_path((args, {name: kwargs[name] for name in sorted(kwargs)}))
         positional = positional_names(module)
         return Call(tuple(leaf for _, leaf in paths), spec, tuple(_name(path, positional) for path, _ in paths))
 
@@ -71,35 +71,47 @@ def autocast_state(device_type: str) -> tuple[bool, torch.dtype | None]:
     return (enabled, torch.get_autocast_dtype(device_type) if enabled else None)
 
 
-def call_key(call: Call, device_type: str, constants: frozenset[int] | None = None) -> tuple[Any, ...]:
-    """What must be equal for a captured program to serve a call: tree, shapes, dtypes, devices, literals, autocast.
+def quick_flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], tuple[Any, ...]]:
+    """The leaves of a call in pytree order, and a hashable picture of its structure; a few microseconds.
 
-    Python numbers count by type alone, unless their leaf index is in `constants` (they reach a shape or a branch).
+    Keyword arguments are taken in alphabetical order, so that their order in the call does not matter.
     """
-    parts: list[Any] = []
-    for index, leaf in enumerate(call.leaves):
-        if isinstance(leaf, torch.Tensor):
-            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif is_number(leaf) and not (constants and index in constants):
-            parts.append(type(leaf))
-        else:
-            try:
-                hash(leaf)
-                parts.append((type(leaf), leaf))
-            except TypeError:
-                parts.append((type(leaf), id(leaf)))
-    return (call.spec, tuple(parts), autocast_state(device_type))
+    leaves: list[Any] = []
+    shape = tuple(_descend(arg, leaves) for arg in args)
+    named = tuple((name, _descend(kwargs[name], leaves)) for name in sorted(kwargs))
+    return leaves, (shape, named)
 
 
-def describe_mismatch(call: Call, program: StepProgram) -> str:
-    """In words, how a call differs from the one a program was captured for; empty if it does not."""
-    signature = program.signature
-    if call.spec != signature.in_spec:
-        return "the arguments given are not the same ones"
-    for leaf, captured, name in zip(call.leaves, signature.leaves, signature.names, strict=True):
-        if (captured is TENSOR) != (isinstance(leaf, torch.Tensor) or is_number(leaf)):
-            return f"'{name}' was {captured!r} and is {type(leaf).__name__} now"
-    return ""
+def _descend(value: Any, leaves: list[Any]) -> Any:
+    kind = type(value)
+    if kind is dict:
+        return ("dict", tuple((key, _descend(entry, leaves)) for key, entry in value.items()))
+    if kind is list or kind is tuple:
+        return (kind, tuple(_descend(entry, leaves) for entry in value))
+    if kind in pytree.SUPPORTED_NODES:
+        inner, spec = pytree.tree_flatten(value)
+        leaves.extend(inner)
+        return spec
+    leaves.append(value)
+    return None
+
+
+def leaf_key(leaf: Any) -> Any:
+    """What must be equal of one leaf for a program to serve it; numbers count by their type alone."""
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.shape, leaf.dtype, leaf.device)
+    if is_number(leaf):
+        return type(leaf)
+    try:
+        hash(leaf)
+    except TypeError:
+        return (type(leaf), id(leaf))
+    return (type(leaf), leaf)
+
+
+def rank_key(leaf: Any) -> Any:
+    """`leaf_key` without sizes, for programs captured with symbolic ones."""
+    return (leaf.dim(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf_key(leaf)
 
 
 class ShapeRules:
@@ -114,7 +126,9 @@ class ShapeRules:
         self._ranges = dict(ranges)
         self._guards = guards
         nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
-        for (position, entry), leaf in zip(_user_inputs(program), program.signature.tensor_leaves, strict=True):
+        for (position, entry), leaf in zip(
+            program.inputs_of(InputKind.USER), program.signature.tensor_leaves, strict=True
+        ):
             assert int(entry.target) == leaf
             self._shapes[leaf] = tuple(_expression(size) for size in nodes[position].meta["val"].shape)
 
@@ -122,12 +136,12 @@ class ShapeRules:
     def symbolic(self) -> bool:
         return any(not isinstance(size, int) for shape in self._shapes.values() for size in shape)
 
-    def accepts(self, call: Call) -> bool:
+    def accepts(self, leaves: Sequence[Any]) -> bool:
         """True if every size of the call's tensors obeys the program's symbols, ranges and guards."""
         bound: dict[Any, int] = {}
         later: list[tuple[Any, int]] = []
         for leaf, shape in self._shapes.items():
-            value = call.leaves[leaf]
+            value = leaves[leaf]
             sizes = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
             if len(sizes) != len(shape):
                 return False
@@ -146,12 +160,6 @@ class ShapeRules:
             if symbol in bound and not (allowed.lower <= bound[symbol] <= allowed.upper):
                 return False
         return all(bool(guard.xreplace(bound)) is True for guard in self._guards if guard.free_symbols <= bound.keys())
-
-
-def _user_inputs(program: StepProgram) -> Any:
-    from .program import InputKind
-
-    return program.inputs_of(InputKind.USER)
 
 
 def _expression(size: Any) -> Any:

@@ -132,7 +132,9 @@ class _Attempts:
         try:
             with mode, torch.no_grad(), _quiet():
                 leaves = [
-                    mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) else leaf
+                    mode.from_tensor(leaf)
+                    if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor)
+                    else leaf
                     for leaf in leaves
                 ]
                 leaves[index] = mode.from_tensor(number_tensor(leaves[index]))
@@ -225,7 +227,13 @@ _WAYS: tuple[tuple[str, Callable[..., Any]], ...] = (
 
 
 def _to_program(
-    exported: Any, flat: _Flat, output: _Output, call: Call, variable: tuple[int, ...], numbers: frozenset[int], way: str
+    exported: Any,
+    flat: _Flat,
+    output: _Output,
+    call: Call,
+    variable: tuple[int, ...],
+    numbers: frozenset[int],
+    way: str,
 ) -> StepProgram:
     signature = exported.graph_signature
     written = [spec for spec in signature.output_specs if spec.kind is not ExportOutput.USER_OUTPUT]

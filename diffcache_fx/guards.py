@@ -81,7 +81,9 @@ class Mask:
         if len({len(row) for row in rows}) > 1:
             raise ScheduleError("the rows of a mask must all have one bit for each region")
         if not any(any(row) for row in rows):
-            raise ScheduleError("this mask never refreshes: nothing would ever be computed. Set at least its first step")
+            raise ScheduleError(
+                "this mask never refreshes: nothing would ever be computed. Set at least its first step"
+            )
         object.__setattr__(self, "bits", tuple(rows))
 
     def needs_num_steps(self) -> bool:

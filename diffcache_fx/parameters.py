@@ -50,7 +50,9 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             for key, tensor in store.items():
                 parts.append((key, None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)))
         if child._forward_hooks or child._forward_pre_hooks:
-            parts.append((tuple(map(id, child._forward_hooks.values())), tuple(map(id, child._forward_pre_hooks.values()))))
+            parts.append(
+                (tuple(map(id, child._forward_hooks.values())), tuple(map(id, child._forward_pre_hooks.values())))
+            )
         for key, value in vars(child).items():
             if key.startswith("_") and not isinstance(value, _PLAIN):
                 continue

@@ -1,8 +1,8 @@
 """One factory for each published static method, plus `always`, `interval`, `mask` and the default.
 
-    from diffcache_fx import schedules
-    schedules.interval(3)
-    schedules.list()
+from diffcache_fx import schedules
+schedules.interval(3)
+schedules.list()
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def default() -> CacheSchedule:
     The trunk but its first block (a U-Net: its outermost scale) is computed at every second step, after three warm-up
     steps, and continued in a straight line in between.
     """
-    return CacheSchedule(
-        name="default", rules=(Rule(Trunk(first=1), Interval(every=2), Linear(), "auto"),), warm_up=3
-    )
+    return CacheSchedule(name="default", rules=(Rule(Trunk(first=1), Interval(every=2), Linear(), "auto"),), warm_up=3)
 
 
 def interval(

@@ -36,7 +36,6 @@ _MAYBE_ALIAS = frozenset(
         "aten::resolve_conj",
         "aten::resolve_neg",
         "aten::real",
-        "aten::type_as",
     }
 )
 
@@ -81,9 +80,7 @@ def is_view(node: fx.Node) -> bool:
 def clone_after(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Insert, before the graph's output, a contiguous clone of `node`; returns the clone."""
     with graph.inserting_before(next(reversed(graph.nodes))):
-        copied = graph.call_function(
-            torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
-        )
+        copied = graph.call_function(torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
     value: Any = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         copied.meta["val"] = torch.empty_like(value, memory_format=torch.contiguous_format)

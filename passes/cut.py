@@ -20,10 +20,28 @@ aten = torch.ops.aten
 # Operators that only move data: a weighted sum of moved values is the moved weighted sum, bit for bit.
 _MOVES = frozenset(
     f"aten::{name}"
-    for name in (
-        "slice view reshape _unsafe_view permute transpose t select unsqueeze squeeze split split_with_sizes chunk "
-        "unbind clone contiguous expand flatten unflatten narrow"
-    ).split()
+    for name in [
+        "slice",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "permute",
+        "transpose",
+        "t",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "clone",
+        "contiguous",
+        "expand",
+        "flatten",
+        "unflatten",
+        "narrow",
+    ]
 )
 
 
@@ -74,7 +92,11 @@ class ComputeCut:
         hold = rule.slots == 1 and rule.storage == "value"
         moved, grown = _cheapest(boundary, inside, changing, owner, hold)
         for cut, members in ((moved, grown), (boundary, inside)):
-            bases = {value: _base(value, members, changing, rule.storage) for value in cut} if rule.storage != "value" else {}
+            bases = (
+                {value: _base(value, members, changing, rule.storage) for value in cut}
+                if rule.storage != "value"
+                else {}
+            )
             if rule.storage == "value" or any(base is not None for base in bases.values()) or cut is boundary:
                 break
         values = []

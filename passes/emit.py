@@ -93,9 +93,9 @@ def own(graph: fx.Graph, values: list[fx.Node]) -> list[fx.Node]:
     return result
 
 
-def detach_outputs(program_graph: fx.Graph, users: list[fx.Node], states: list[fx.Node], inputs: set[fx.Node]) -> tuple[
-    list[fx.Node], list[fx.Node]
-]:
+def detach_outputs(
+    program_graph: fx.Graph, users: list[fx.Node], states: list[fx.Node], inputs: set[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]]:
     """Make sure that no user output shares memory with the cache: neither with the state inputs in `inputs`, nor with a
     state output."""
     outputs = [clone_after(program_graph, n) if root_of(n) in inputs else n for n in users]

@@ -127,9 +127,7 @@ def _whole_step(program: StepProgram) -> StepProgram:
         outputs, fresh = results[: len(users)], results[len(users) :]
         history: list[fx.Node] = []
         for number, (region, i, value) in enumerate(values):
-            slots = [
-                places[InputKind.HISTORY, history_target(region.name, i, slot)] for slot in range(value.slots)
-            ]
+            slots = [places[InputKind.HISTORY, history_target(region.name, i, slot)] for slot in range(value.slots)]
             history += _next_history(graph, fresh[number], slots) if refreshing else slots
         given = set(places.values())
         outputs = [clone_after(graph, node) if root_of(node) in given else node for node in outputs]
@@ -232,7 +230,8 @@ def _per_region(program: StepProgram, groups: tuple[tuple[str, ...], ...]) -> St
             for i, value in enumerate(region.cut):
                 fresh, flow = nodes[value.node], flows[i]
                 fresh.replace_all_uses_with(
-                    flow, delete_user_cb=lambda user, inside=inside: user not in inside  # type: ignore[misc]
+                    flow,
+                    delete_user_cb=lambda user, inside=inside: user not in inside,  # type: ignore[misc]
                 )
                 nodes[value.node] = flow
                 for slot in range(value.slots):

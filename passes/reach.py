@@ -124,3 +124,33 @@ def latent_input(program: StepProgram) -> fx.Node | None:
         if shaped:
             return next((node for node in shaped if node in named), shaped[0])
     return (named or candidates)[0]
+
+
+_TIME_NAMES = ("timestep", "timesteps", "t", "time", "times", "sigma", "sigmas", "noise_level", "timestep_proj")
+
+
+def timestep_input(program: StepProgram) -> fx.Node | None:
+    """The caller's input that says how noisy the latents are: one with a usual name, else the small one that goes
+    through a sine or cosine."""
+    nodes = placeholders(program)
+    latent = latent_input(program)
+    users = [nodes[position] for position, _ in program.inputs_of(InputKind.USER) if nodes[position] is not latent]
+    for node in users:
+        if node.name in _TIME_NAMES:
+            return node
+    waves = {"aten::sin", "aten::cos"}
+    for node in users:
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or value.dim() > 1:
+            continue
+        seen, queue = {node}, [node]
+        while queue:
+            for user in queue.pop().users:
+                name = getattr(getattr(user.target, "_schema", None), "name", "")
+                if name in waves:
+                    return node
+                small = isinstance(value_of(user), torch.Tensor) and value_of(user).dim() <= 2
+                if user not in seen and small:
+                    seen.add(user)
+                    queue.append(user)
+    return None

@@ -136,9 +136,7 @@ def _sublayers(program: StepProgram, selection: Sublayers, reach: Reach) -> Foun
     if selection.first or selection.last:
         inside = {block.path for block in _trunk(program, reach, selection.first, selection.last)}
         layers = [layer for layer in layers if any(layer.path.startswith(path + ".") for path in inside)]
-    found: Found = [
-        (layer.path, set(layer.nodes), (layer.path,)) for layer in layers if layer.kind in selection.kinds
-    ]
+    found: Found = [(layer.path, set(layer.nodes), (layer.path,)) for layer in layers if layer.kind in selection.kinds]
     if not found:
         kinds = sorted({layer.kind for layer in layers})
         raise RegionError(

@@ -93,7 +93,8 @@ class Specialize:
                         filled = call(graph, aten.add.Tensor, nodes[value.base], filled, like=fresh)
                 graph.erase_node(anchor)
                 fresh.replace_all_uses_with(
-                    filled, delete_user_cb=lambda user, inside=inside: user not in inside  # type: ignore[misc]
+                    filled,
+                    delete_user_cb=lambda user, inside=inside: user not in inside,  # type: ignore[misc]
                 )
                 nodes[value.node] = filled
 

@@ -71,9 +71,7 @@ def find_stacks(program: StepProgram) -> list[Stack]:
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     stacks = []
     for (container, kind), found in outermost.items():
-        blocks = [
-            Block(fqn, kind, tuple(nodes), sum(flops_of(node) for node in nodes)) for fqn, nodes in found.items()
-        ]
+        blocks = [Block(fqn, kind, tuple(nodes), sum(flops_of(node) for node in nodes)) for fqn, nodes in found.items()]
         blocks.sort(key=lambda block: order[block.nodes[0]])
         stacks.append(Stack(container, kind, tuple(blocks)))
     stacks.sort(key=lambda stack: order[stack.blocks[0].nodes[0]])

@@ -26,8 +26,10 @@ class Sublayer:
 
 
 def _attends(node: fx.Node) -> bool:
-    return "scaled_dot_product" in str(node.target) or node.target == torch.ops.aten._softmax.default or (
-        node.target == torch.ops.aten.softmax.int
+    return (
+        "scaled_dot_product" in str(node.target)
+        or node.target == torch.ops.aten._softmax.default
+        or (node.target == torch.ops.aten.softmax.int)
     )
 
 

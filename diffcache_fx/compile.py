@@ -1,0 +1,195 @@
+"""The compiler, as one readable page: from a module, an example call and a schedule to a set of compiled step programs.
+
+capture -> normalize -> select regions -> compute cuts -> specialize | insert guards -> verify -> lower
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .calling import ShapeRules
+from .capture import capture
+from .driver import StepSet
+from .errors import CacheError, RegionError
+from .export import eager, torch_compile
+from .export.lowered import Lowered
+from .guards import Mask
+from .parameters import Parameters
+from .passes.cut import ComputeCut, RuleStorage
+from .passes.flops import program_flops
+from .passes.guard import InsertGuards, group_name
+from .passes.normalize import Normalize
+from .passes.regions import SelectRegions
+from .passes.specialize import Specialize
+from .passes.verify import Verify
+from .plan import Plan, ProgramChoice, Reused, choose_programs
+from .program import StepProgram
+from .schedule import CacheSchedule
+from .schedules import resolve
+
+log = logging.getLogger(__name__)
+Decide = Literal["host", "graph"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile: everything but the model and the schedule."""
+
+    backend: str | Callable[..., Any] = "inductor"
+    num_steps: int | None = None
+    dynamic: bool = False
+    decide: Decide = "host"
+    max_programs: int | None = 4
+    refinement: bool = False
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.decide not in ("host", "graph"):
+            raise CacheError(f"decide must be 'host' or 'graph', not {self.decide!r}")
+        for name in ("num_steps", "max_programs"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise CacheError(f"{name} must be a whole number from 1, or None, not {value!r}")
+
+
+def front_end(schedule: CacheSchedule) -> tuple[Callable[[StepProgram], StepProgram], ...]:
+    """The passes from a captured program to one with regions and cuts, in order."""
+    return (
+        Normalize(),  # drop what computes nothing
+        SelectRegions(tuple(rule.regions for rule in schedule.rules)),  # which nodes are refreshed or reused together
+        ComputeCut(tuple(RuleStorage(rule.storage, rule.forecast.slots) for rule in schedule.rules)),  # what is kept
+    )
+
+
+def run_passes(program: StepProgram, passes: Iterable[Callable[[StepProgram], StepProgram]]) -> StepProgram:
+    """Apply passes in order; with DIFFCACHE_FX_VERIFY set, check the intermediate form after each."""
+    checking = os.environ.get("DIFFCACHE_FX_VERIFY", "") not in ("", "0")
+    for step in passes:
+        program = step(program)
+        log.debug("%s: %d nodes", type(step).__name__, len(program.graph.nodes))
+        if checking:
+            Verify(after=type(step).__name__)(program)
+    return program
+
+
+def lower(program: StepProgram, options: Options) -> Lowered:
+    """One program through the backend the user chose."""
+    if options.backend == "eager":
+        if options.backend_options:
+            raise CacheError(f"the eager backend takes no options, got {sorted(options.backend_options)}")
+        return eager.lower(program)
+    return torch_compile.lower(program, options.backend, **options.backend_options)
+
+
+class Captured:
+    """One call signature of one model under one schedule: the program with its regions, and what was compiled of it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        schedule: CacheSchedule,
+        options: Options,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        captured, rules = capture(module, args, kwargs, dynamic=options.dynamic)
+        self.module, self.schedule, self.options = module, schedule, options
+        self.rules: ShapeRules = rules
+        self.program = run_passes(captured, front_end(schedule))
+        if not self.program.regions:
+            raise RegionError("the schedule selects nothing that depends on the inputs of a step")
+        self.full_flops = program_flops(Specialize(frozenset())(self.program))
+        self.weight = {
+            region.name: float(self.full_flops - program_flops(self.specialized(frozenset({region.name}))))
+            for region in self.program.regions
+        }
+        self._lowered: dict[Reused | str, Lowered] = {}
+        self._sets: dict[int | None, StepSet] = {}
+
+    def specialized(self, reused: Reused) -> StepProgram:
+        return run_passes(self.program, (Specialize(reused),))
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Regions that are refreshed together: those of one rule, unless its mask has a bit for each region."""
+        found: list[tuple[str, ...]] = []
+        for index, rule in enumerate(self.schedule.rules):
+            names = tuple(region.name for region in self.program.regions if region.rule == index)
+            apart = isinstance(rule.guard, Mask) and len(rule.guard.bits[0]) > 1
+            found += [(name,) for name in names] if apart else [names] if names else []
+        return tuple(found)
+
+    def guarded(self) -> StepProgram:
+        """The program with the conditionals inside."""
+        return run_passes(self.program, (InsertGuards(self.groups()),))
+
+    def choice(self, num_steps: int | None) -> ProgramChoice:
+        """The specialised programs that a run of so many steps needs."""
+        rows = Plan(self.schedule, self.program.regions, num_steps).rows()
+        return choose_programs(rows, self.weight, float(self.full_flops), self.options.max_programs)
+
+    def steps(self, num_steps: int | None) -> StepSet:
+        """The compiled programs for a run of so many steps (None: unknown); compiled on the first request."""
+        if num_steps not in self._sets:
+            choice = self.choice(num_steps)
+            groups = {}
+            if self.options.decide == "graph":
+                lowered: dict[Reused, Lowered] = {frozenset(): self._lower("guarded")}
+                groups = {name: group_name(group) for group in self.groups() for name in group}
+            else:
+                lowered = {reused: self._lower(reused) for reused in choice.programs}
+            self._sets[num_steps] = StepSet(
+                self.program.regions, lowered, choice, self.weight, Parameters(self.module), groups
+            )
+        return self._sets[num_steps]
+
+    def _lower(self, which: Reused | str) -> Lowered:
+        if which not in self._lowered:
+            program = self.guarded() if isinstance(which, str) else self.specialized(which)
+            self._lowered[which] = lower(program, self.options)
+        return self._lowered[which]
+
+
+def compile_with_cache(
+    model: nn.Module,
+    schedule: CacheSchedule | str | Path | None = None,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    example_inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
+    num_steps: int | None = None,
+    dynamic: bool = False,
+    decide: Decide = "host",
+    max_programs: int | None = 4,
+    refinement: bool = False,
+    **backend_options: Any,
+) -> Any:
+    """Wrap a denoiser so that it computes at each step only what the schedule asks for.
+
+    model: any `nn.Module` called once per step, in evaluation mode, on one device.
+    schedule: a CacheSchedule, the name of a factory in `schedules`, the path of a saved schedule, or None for
+        `schedules.default()` (every second step after three, continued in a straight line).
+    backend: "inductor", "eager", the name of another torch.compile backend, or such a backend itself.
+    example_inputs: (args, kwargs) of one call; without it the first call is the example.
+    num_steps: calls per generation (and guidance branch), where known: lets plans count from the end.
+    dynamic: keep batch and spatial sizes symbolic where the model allows it.
+    decide: "host" runs one straight program per decision; "graph" one program with the conditionals inside.
+    max_programs: most specialised programs to compile; plans with more distinct steps refresh more. None: no bound.
+    refinement: the sampler may call the model more than once at one timestep.
+    backend_options: passed to the backend (Inductor config entries; `outlining=False`).
+
+    Returns a CachedDenoiser. Raises ScheduleError, RegionError, CaptureError or CallError, each in one clear sentence.
+    """
+    from .denoiser import CachedDenoiser
+
+    options = Options(backend, num_steps, dynamic, decide, max_programs, refinement, backend_options)
+    return CachedDenoiser(model, resolve(schedule), options, example_inputs)
+
+
+__all__ = ["Captured", "Options", "compile_with_cache", "front_end", "lower", "run_passes", "torch"]

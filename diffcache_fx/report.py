@@ -1,0 +1,222 @@
+"""What a cached denoiser says about itself: statistics of a generation, a summary in words, and the explanation of a
+schedule before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .driver import Decision, Record
+from .errors import ScheduleError
+from .passes.flops import program_flops
+from .passes.specialize import Specialize
+from .plan import Plan, choose_programs
+from .schedule import CacheSchedule
+
+if TYPE_CHECKING:
+    from .compile import Captured
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Statistics of one generation.
+
+    steps: calls of the denoiser, all contexts together. refreshed: those that computed every region. reused: those that
+    took at least one region from the cache. decisions: one entry for each call. cache_bytes: state held, all contexts.
+    syncs: device reads made to tell steps apart. compilations: programs compiled since the denoiser was made.
+    recaptures: why the model was captured again.
+    """
+
+    steps: int
+    refreshed: int
+    reused: int
+    decisions: tuple[Decision, ...]
+    cache_bytes: int
+    syncs: int = 0
+    compilations: int = 0
+    recaptures: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(record: Record, compilations: int, recaptures: tuple[str, ...]) -> Stats:
+        reused = sum(bool(decision.reused) for decision in record.decisions)
+        return Stats(
+            steps=len(record.decisions),
+            refreshed=len(record.decisions) - reused,
+            reused=reused,
+            decisions=tuple(record.decisions),
+            cache_bytes=record.cache_bytes,
+            syncs=record.syncs,
+            compilations=compilations,
+            recaptures=recaptures,
+        )
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """One region: how many blocks and nodes, what crosses out of it, and what reusing it alone saves.
+
+    values: for each cut value its shape, dtype name and how it is stored. cut_bytes: one copy; state_bytes: all slots.
+    """
+
+    name: str
+    blocks: int
+    nodes: int
+    values: tuple[tuple[tuple[int, ...], str, str], ...]
+    cut_bytes: int
+    state_bytes: int
+    flops_saved: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a schedule will do to a model, known before anything runs or compiles.
+
+    full_flops: FLOPs of a step that computes everything. programs: for each compiled program the number of reused
+    regions and its FLOPs. rows: distinct rows of the plan. merge_cost: share of extra work because rows were merged.
+    conditionals: how many the guarded form holds. ideal_speedup: FLOPs of the uncached run over those of the plan.
+    """
+
+    model: str
+    schedule: str
+    full_flops: int
+    regions: tuple[RegionReport, ...]
+    programs: tuple[tuple[int, int], ...]
+    rows: int
+    merge_cost: float
+    steps: int
+    refresh_steps: int
+    ideal_speedup: float
+    cache_bytes: int
+    captured_by: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model} under schedule {self.schedule!r}: one step is {_count(self.full_flops)}FLOP "
+            f"(captured by {self.captured_by})",
+        ]
+        shown = self.regions if len(self.regions) <= 12 else (*self.regions[:6], *self.regions[-3:])
+        for region in shown:
+            kept = ", ".join(f"{list(shape)} {dtype} as {how}" for shape, dtype, how in region.values)
+            lines.append(
+                f"  region {region.name}: {region.nodes} nodes, reusing it saves "
+                f"{100 * region.flops_saved / max(self.full_flops, 1):.1f} % of a step; keeps {kept} "
+                f"({_count(region.state_bytes, 1024)}B)"
+            )
+        if len(shown) < len(self.regions):
+            lines.append(f"  ... {len(self.regions)} regions in all")
+        for reused, flops in self.programs:
+            what = "refresh" if reused == 0 else f"reuse of {reused} of {len(self.regions)} regions"
+            lines.append(f"  program: {what}, {100 * flops / max(self.full_flops, 1):.1f} % of a full step")
+        if self.merge_cost:
+            lines.append(
+                f"  {self.rows} distinct steps share {len(self.programs)} programs at {100 * self.merge_cost:.1f} % more "
+                "work (max_programs=None would merge none)"
+            )
+        if self.steps:
+            lines.append(
+                f"  over {self.steps} steps: {self.refresh_steps} refresh everything; ideal speed-up "
+                f"{self.ideal_speedup:.2f}x; cache {_count(self.cache_bytes, 1024)}B per guidance branch"
+            )
+        if self.note:
+            lines.append(f"  {self.note}")
+        return "\n".join(lines)
+
+
+def explain(captured: Captured) -> Explanation:
+    """Explain a captured signature under its schedule."""
+    program, schedule = captured.program, captured.schedule
+    regions = tuple(
+        RegionReport(
+            name=region.name,
+            blocks=len(region.blocks),
+            nodes=len(region.nodes),
+            values=tuple(
+                (
+                    tuple(int(size) for size in value.shape),
+                    str(value.dtype).removeprefix("torch."),
+                    "residual" if value.base else "value",
+                )
+                for value in region.cut
+            ),
+            cut_bytes=sum(value.nbytes for value in region.cut),
+            state_bytes=region.nbytes,
+            flops_saved=int(captured.weight[region.name]),
+        )
+        for region in program.regions
+    )
+    note = ""
+    try:
+        plan = Plan(schedule, program.regions, captured.options.num_steps)
+        rows = plan.rows()
+    except ScheduleError as error:
+        plan, rows, note = None, [frozenset()], str(error)
+    choice = choose_programs(rows, captured.weight, float(captured.full_flops), captured.options.max_programs)
+    flops = {reused: program_flops(Specialize(reused)(program)) for reused in choice.programs}
+    spent = sum(flops[choice.serve(row, captured.weight)] for row in rows)
+    known = plan is not None and plan.num_steps is not None
+    return Explanation(
+        model=type(captured.module).__name__,
+        schedule=schedule.name,
+        full_flops=captured.full_flops,
+        regions=regions,
+        programs=tuple((len(reused), flops[reused]) for reused in choice.programs),
+        rows=choice.rows,
+        merge_cost=choice.extra,
+        steps=len(rows) if known else 0,
+        refresh_steps=sum(not row for row in rows),
+        ideal_speedup=captured.full_flops * len(rows) / max(spent, 1),
+        cache_bytes=sum(region.nbytes for region in program.regions),
+        captured_by=program.captured_by,
+        note=note or ("" if known else "pass num_steps= to see the whole run"),
+    )
+
+
+def summarize(stats: Stats, schedule: CacheSchedule, captured: Captured | None) -> str:
+    """A generation in a few sentences: what was refreshed, what was reused, and why not more."""
+    if not stats.steps:
+        return f"schedule {schedule.name!r}: no step has run yet"
+    contexts = sorted({decision.context for decision in stats.decisions})
+    named = [name for name in contexts if not name.startswith("#")]
+    branches = f", guidance branches {', '.join(named)}" if len(named) > 1 else ""
+    if not named and len(contexts) > 1:
+        branches = f", {len(contexts)} guidance branches told apart by their conditioning"
+    lines = [
+        f"schedule {schedule.name!r}: {stats.steps} calls{branches}; {stats.refreshed} computed everything, "
+        f"{stats.reused} reused; cache {_count(stats.cache_bytes, 1024)}B"
+    ]
+    reasons = Counter(decision.reason for decision in stats.decisions if decision.reason)
+    for reason, count in reasons.most_common():
+        lines.append(f"  {count} call(s) computed although the plan would have reused: {reason}")
+    if not stats.reused and not reasons:
+        lines.append(
+            f"  nothing was reused: in a run of {stats.steps} calls this schedule asks for none (warm-up "
+            f"{schedule.warm_up}, guard {schedule.rules[0].guard})"
+        )
+    if captured is not None and stats.reused:
+        full = captured.full_flops
+        spent = 0.0
+        cost: dict[frozenset[str], int] = {}
+        for decision in stats.decisions:
+            key = frozenset(decision.reused)
+            if key not in cost:
+                cost[key] = program_flops(Specialize(key)(captured.program))
+            spent += cost[key]
+        lines.append(f"  executed FLOPs: {100 * spent / (full * stats.steps):.1f} % of the uncached run")
+    if stats.syncs:
+        lines.append(
+            f"  {stats.syncs} device reads to tell steps apart: pass num_steps= or use cache_context to avoid them"
+        )
+    for what in stats.recaptures[-1:]:
+        lines.append(f"  the model was captured again because it changed: {what}")
+    return "\n".join(lines)
+
+
+def _count(value: float, base: int = 1000) -> str:
+    """A number with a unit prefix, such as `1.2 G`."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < base:
+            return f"{value:.3g} {prefix}"
+        value /= base
+    return f"{value:.3g} P"
