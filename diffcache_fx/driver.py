@@ -182,9 +182,10 @@ class Driver:
         If anything raises, the context forgets its cache, so that nothing half-written is ever reused.
         """
         context = place.context
-        if place.new_generation or not isinstance(context.payload, CacheState):
-            context.payload = CacheState(steps.regions)
-        state: CacheState = context.payload
+        state = context.payload
+        # A call in doubt may belong to another generation: what went before must not reach its forecasts either.
+        if place.new_generation or place.doubt or not isinstance(state, CacheState) or state.regions is not steps.regions:
+            state = context.payload = CacheState(steps.regions)
         wanted, reason = self._decide(steps, place, state)
         try:
             if steps.branching:

@@ -20,6 +20,7 @@ Key = tuple[Any, ...]
 # Conditioning on the CPU is compared by value up to this size where its identity changed.
 _COMPARED = 1 << 22
 _TWICE = "the same timestep twice"
+_BACK = "the timestep went back"
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Context:
     first_timestep: float | None = None
     last_timestep: float | None = None
     direction: int = 0
-    repeated: bool = False  # the last timestep came more than once
+    unsettled: str = ""  # what was odd about the last timestep: the step after it is computed too
     stable: bool = False  # the conditioning was the same at two calls of this generation
     conditioning: tuple[Any, ...] = ()
     num_steps: int | None = None
@@ -179,6 +180,8 @@ class Recognizer:
             fresh = True
         elif not fresh and t is not None and not refining:
             fresh, doubt = self._by_timestep(context, t, doubt)
+        elif not fresh and t is not None and not (hints is not None and hints.refinement):
+            fresh = t == context.first_timestep and t != context.last_timestep
         if not fresh and context.key is not None and key != context.key:
             self._warn(
                 "shapes",
@@ -192,7 +195,7 @@ class Recognizer:
             num_steps = context.num_steps
             context.restart()
             context.num_steps = num_steps
-            context.repeated = doubt == _TWICE
+            context.unsettled = _TWICE if doubt == _TWICE else ""
             step = explicit or 0
         self._remember(context, t)
         context.step, context.key = step, key
@@ -204,24 +207,23 @@ class Recognizer:
         if last is None or first is None:
             return False, doubt
         if t == last:
-            if context.repeated or context.step > 0:
+            if context.unsettled == _TWICE or context.step > 0:
                 self._warn(
                     "repeated",
                     f"timestep {t:g} came twice in a row with the same conditioning (context {context.name!r}): two "
                     "generations without contexts, or a sampler that refines. Each such step is computed; use "
                     "cache_context for each generation, or refinement=True",
                 )
-            context.repeated = True
+            context.unsettled = _TWICE
             return t == first, _TWICE
         if t == first:
             return True, doubt
         direction = 1 if t > last else -1
         if context.direction and direction != context.direction:
-            return False, "the timestep went back"
-        if context.repeated:
-            context.repeated = False
-            return False, "the step before this one came twice"
-        return False, doubt
+            context.unsettled = _BACK
+            return False, _BACK
+        odd, context.unsettled = context.unsettled, ""
+        return False, f"{odd} just before" if odd else doubt
 
     @staticmethod
     def _remember(context: Context, t: float | None) -> None:

@@ -69,6 +69,7 @@ class CacheState:
     """The histories of all regions, for one context of one captured signature."""
 
     def __init__(self, regions: Sequence[Region]) -> None:
+        self.regions = regions
         self.histories = {region.name: RegionHistory(region) for region in regions}
 
     def missing(self) -> frozenset[str]:

@@ -1,0 +1,464 @@
+"""Which generation, guidance branch and step a call belongs to; in doubt the answer is "compute"."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffcache_fx import CachedDenoiser, CacheWarning, CallError, Trunk, compile_with_cache, schedules
+from diffcache_fx.recognition import Arguments, Hints, Recognizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.inner(x) + shift)
+
+
+class Denoiser(nn.Module):
+    """Four residual blocks on vectors, with a timestep and conditioning."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(4))
+        self.head = nn.Linear(dim, dim)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, cond: torch.Tensor | None = None, extra: Any = None
+    ) -> torch.Tensor:
+        shift = torch.sin(timestep.reshape(-1, 1) * 0.01)
+        if cond is not None:
+            shift = shift + cond
+        for block in self.blocks:
+            sample = block(sample, shift)
+        return self.head(sample)
+
+
+MODEL = Denoiser().eval()
+TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
+PROMPT, OTHER = torch.full((2, 8), 0.5), torch.full((2, 8), -0.5)
+
+
+def denoiser(every: int = 2, model: nn.Module = MODEL, **options: Any) -> CachedDenoiser:
+    schedule = schedules.interval(every, regions=Trunk(first=1))
+    return compile_with_cache(model, schedule, backend="eager", **options)
+
+
+def latents(seed: int) -> torch.Tensor:
+    return torch.randn(2, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def time(value: float) -> torch.Tensor:
+    return torch.tensor(value)
+
+
+def kinds(cached: CachedDenoiser, context: str | None = None) -> str:
+    """The decisions so far, a letter each: R refreshed, u reused."""
+    chosen = [d for d in cached.stats().decisions if context in (None, d.context)]
+    return "".join("u" if d.reused else "R" for d in chosen)
+
+
+class Track:
+    """Calls a cached denoiser and notes, call by call, whether it reused and whether the output was the model's own."""
+
+    def __init__(self, cached: CachedDenoiser, model: nn.Module = MODEL) -> None:
+        self.cached, self.model, self.kinds, self.count = cached, model, "", 0
+
+    def __call__(self, *args: Any, context: str | None = None, **hints: Any) -> None:
+        if context is None:
+            got = self.cached(*args)
+        else:
+            with self.cached.cache_context(context, **hints):
+                got = self.cached(*args)
+        own = self.model(*args)
+        last = self.cached.stats().decisions[-1]
+        assert torch.equal(got, own) == (not last.reused)
+        self.kinds += "u" if last.reused else "R"
+        self.count += 1
+
+    @property
+    def reason(self) -> str:
+        return self.cached.stats().decisions[-1].reason
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+# --- one branch, nothing said ------------------------------------------------------------------------------------------
+
+
+def test_timestep_returns_to_the_first() -> None:
+    track = Track(denoiser())
+    for seed, t in enumerate(TIMES + TIMES):
+        track(latents(seed), time(t), PROMPT)
+    assert track.kinds == "RuRuR" * 2
+    assert track.cached.stats().steps == 5
+    assert track.cached.stats().syncs == 0
+
+
+def test_upward_timesteps() -> None:
+    track = Track(denoiser())
+    for seed, t in enumerate(TIMES[::-1] * 2):
+        track(latents(seed), time(t), PROMPT)
+    assert track.kinds == "RuRuR" * 2
+
+
+def test_timesteps_as_python_numbers() -> None:
+    class Numbered(Denoiser):
+        def forward(self, sample: torch.Tensor, timestep: Any, cond: Any = None) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(sample, torch.as_tensor(timestep), cond)
+
+    model = Numbered().eval()
+    track = Track(denoiser(model=model), model)
+    for seed, t in enumerate(TIMES + TIMES):
+        track(latents(seed), int(t), PROMPT)
+    assert track.kinds == "RuRuR" * 2
+    assert track.cached.stats().compilations == 2
+
+
+def test_a_reversal_recomputes_and_so_does_the_step_after_it() -> None:
+    track = Track(denoiser(4))
+    for seed, t in enumerate((900.0, 700.0, 800.0, 600.0, 400.0, 200.0)):
+        track(latents(seed), time(t), PROMPT)
+    assert track.kinds == "RuRRRu"
+    reasons = [d.reason for d in track.cached.stats().decisions]
+    assert reasons[2] == "the timestep went back"
+    assert reasons[3] == "the timestep went back just before"
+
+
+def test_a_reversal_forgets_the_history_of_forecasts() -> None:
+    """A linear forecast after a reversal must not draw its line through the generation before."""
+    schedule = schedules.interval(2, forecast=schedules.Linear(), warm_up=2)
+    cached = compile_with_cache(MODEL, schedule, backend="eager")
+    times = (900.0, 700.0, 800.0, 600.0, 400.0)
+    for seed, t in enumerate(times[:2]):
+        cached(latents(seed), time(t), PROMPT)
+    cached(latents(2), time(times[2]), PROMPT)
+    history = next(iter(cached._driver.recognizer.contexts["#0"].payload.histories.values()))
+    assert history.positions == [2.0]
+
+
+def test_an_early_end_then_lower_timesteps_with_other_conditioning() -> None:
+    track = Track(denoiser(4))
+    for seed, t in enumerate(TIMES[:3]):
+        track(latents(seed), time(t), PROMPT)
+    for seed, t in enumerate((450.0, 350.0, 250.0)):
+        track(latents(10 + seed), time(t), OTHER)
+    assert track.kinds == "RuuRuu"
+    assert track.reason == ""
+
+
+@pytest.mark.parametrize("context", [None, "cond"])
+def test_an_end_after_one_step_then_lower_timesteps_with_other_conditioning(context: str | None) -> None:
+    track = Track(denoiser(4))
+    track(latents(0), time(900.0), PROMPT, context=context)
+    for seed, t in enumerate((450.0, 350.0, 250.0)):
+        track(latents(10 + seed), time(t), OTHER, context=context)
+    assert track.kinds[:2] == "RR"
+    history = next(iter(next(iter(track.cached._driver.recognizer.contexts.values())).payload.histories.values()))
+    assert len(history.positions) == 1
+
+
+def test_latents_modified_in_place_are_one_branch() -> None:
+    track = Track(denoiser())
+    x = latents(0)
+    for _ in range(2):
+        for t in TIMES:
+            track(x, time(t), PROMPT)
+            x.add_(0.1)
+    assert track.kinds == "RuRuR" * 2
+    assert {d.context for d in track.cached.stats().decisions} == {"#0"}
+
+
+def test_latents_modified_in_place_with_two_branches() -> None:
+    track = Track(denoiser())
+    x = latents(0)
+    for t in TIMES:
+        track(x, time(t), PROMPT)
+        track(x, time(t), OTHER)
+        x.add_(0.1)
+    assert track.kinds == "RRuuRRuuRR"
+
+
+def test_conditioning_that_changes_at_every_step_still_never_mixes_generations() -> None:
+    """Such a model can be cached in a context; without one it is computed."""
+    track = Track(denoiser())
+    for seed, t in enumerate(TIMES):
+        track(latents(seed), time(t), latents(100 + seed))
+    assert track.kinds == "RRRRR"
+    assert track.reason == "" or "conditioning" in track.reason
+    track = Track(denoiser())
+    for seed, t in enumerate(TIMES):
+        track(latents(seed), time(t), latents(100 + seed), context="cond")
+    assert track.kinds[0] == "R"
+    assert "u" in track.kinds
+
+
+# --- two calls a step without contexts ---------------------------------------------------------------------------------
+
+
+def test_two_branches_by_the_same_latents() -> None:
+    track = Track(denoiser())
+    for _ in range(2):
+        for seed, t in enumerate(TIMES):
+            x = latents(seed)
+            track(x, time(t), PROMPT)
+            track(x, time(t), OTHER)
+    assert track.kinds == "RRuuRRuuRR" * 2
+    assert kinds(track.cached, "#0") == kinds(track.cached, "#1") == "RuRuR"
+    assert track.cached.stats().steps == 10
+
+
+@pytest.mark.parametrize("shared", ["object", "value"])
+def test_two_branches_by_the_same_timestep(shared: str) -> None:
+    track = Track(denoiser())
+    for seed, t in enumerate(TIMES):
+        moment = time(t)
+        track(latents(seed), moment, PROMPT)
+        track(latents(seed).clone(), moment if shared == "object" else moment.clone(), OTHER)
+    assert track.kinds == "RRuuRRuuRR"
+
+
+def test_branches_by_conditioning_rebuilt_at_every_step() -> None:
+    track = Track(denoiser())
+    for seed, t in enumerate(TIMES):
+        x = latents(seed)
+        track(x, time(t), PROMPT.clone())
+        track(x, time(t), OTHER.clone())
+    assert track.kinds == "RRuuRRuuRR"
+
+
+def test_three_branches_in_another_order_at_each_step() -> None:
+    track = Track(denoiser())
+    prompts = [PROMPT, OTHER, torch.zeros(2, 8)]
+    for seed, t in enumerate(TIMES):
+        x = latents(seed)
+        for i in range(3):
+            track(x, time(t), prompts[(seed + i) % 3])
+    assert track.kinds == "RRR" + "uuu" + "RRR" + "uuu" + "RRR"
+
+
+def test_a_branch_with_an_argument_less() -> None:
+    track = Track(denoiser())
+    for seed, t in enumerate(TIMES):
+        x = latents(seed)
+        track(x, time(t), PROMPT)
+        track(x, time(t))
+    assert track.kinds == "RRuuRRuuRR"
+
+
+def test_the_same_conditioning_twice_at_a_step_is_computed() -> None:
+    track = Track(denoiser(3))
+    with pytest.warns(CacheWarning, match="same conditioning"):
+        for seed, t in enumerate(TIMES):
+            track(latents(seed), time(t), PROMPT)
+            track(latents(50 + seed), time(t), PROMPT)
+    assert track.kinds == "R" * 10
+    assert "timestep" in track.reason
+
+
+def test_unconditional_generations_interleaved_are_always_computed() -> None:
+    track = Track(denoiser(3))
+    with pytest.warns(CacheWarning, match="cache_context"):
+        for seed, t in enumerate(TIMES):
+            track(latents(seed), time(t))
+            track(latents(50 + seed), time(t))
+    assert track.kinds == "R" * 10
+
+
+def test_interleaved_generations_with_other_prompts_and_timesteps_are_computed() -> None:
+    track = Track(denoiser(3))
+    for seed, t in enumerate(TIMES):
+        track(latents(seed), time(t), PROMPT)
+        track(latents(50 + seed), time(t - 50), OTHER)
+    assert track.kinds == "R" * 10
+
+
+def test_interleaved_generations_at_other_timesteps_are_computed_from_the_first_reversal_on() -> None:
+    """That the second call is not the second step cannot be known; from the third on the timesteps tell."""
+    track = Track(denoiser(6))
+    for seed, t in enumerate(TIMES):
+        track(latents(seed), time(t), PROMPT)
+        track(latents(50 + seed), time(t - 350), PROMPT)
+    assert track.kinds[2:] == "R" * 8
+
+
+# --- refinement --------------------------------------------------------------------------------------------------------
+
+HEUN = (900.0, 700.0, 700.0, 500.0, 500.0, 300.0, 300.0, 100.0)
+
+
+def test_repeated_timesteps_are_computed() -> None:
+    track = Track(denoiser())
+    with pytest.warns(CacheWarning, match="refinement=True"):
+        for seed, t in enumerate(HEUN):
+            track(latents(seed), time(t), PROMPT)
+    assert track.kinds[2:] == "R" * 6
+
+
+def test_repeated_timesteps_are_steps_where_the_sampler_refines() -> None:
+    track = Track(denoiser(refinement=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed, t in enumerate(HEUN * 2):
+            track(latents(seed), time(t), PROMPT)
+    assert track.kinds == "RuRuRuRu" * 2
+    assert track.cached.stats().steps == 8
+
+
+def test_refinement_said_by_the_context() -> None:
+    track = Track(denoiser())
+    for seed, t in enumerate(HEUN):
+        track(latents(seed), time(t), PROMPT, context="cond", refinement=True)
+    assert track.kinds == "RuRuRuRu"
+
+
+# --- contexts and step counts ------------------------------------------------------------------------------------------
+
+
+def test_contexts_with_step_index() -> None:
+    track = Track(denoiser(3))
+    for _ in range(2):
+        for step, t in enumerate(TIMES):
+            track(latents(step), time(t), PROMPT, context="cond", step_index=step)
+            track(latents(step), time(t), OTHER, context="uncond", step_index=step)
+    assert track.kinds == "RRuuuuRRuu" * 2
+    assert [d.step for d in track.cached.stats().decisions] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert track.cached.stats().steps == 10
+
+
+def test_a_step_index_that_falls_starts_a_generation() -> None:
+    track = Track(denoiser(4))
+    for step, t in ((0, 900.0), (1, 700.0), (2, 500.0), (1, 600.0), (2, 400.0)):
+        track(latents(step), time(t), PROMPT, context="cond", step_index=step)
+    assert track.kinds == "RuuRu"
+
+
+def test_a_context_recognises_generations_by_the_timestep_too() -> None:
+    track = Track(denoiser())
+    for seed, t in enumerate(TIMES[:3] + TIMES):
+        track(latents(seed), time(t), PROMPT, context="cond")
+    assert track.kinds == "RuR" + "RuRuR"
+
+
+def test_other_conditioning_in_a_context_is_another_generation() -> None:
+    track = Track(denoiser(6))
+    for seed, t in enumerate(TIMES[:3]):
+        track(latents(seed), time(t), PROMPT, context="cond")
+    for seed, t in enumerate((450.0, 350.0)):
+        track(latents(seed), time(t), OTHER, context="cond")
+    assert track.kinds == "RuuRu"
+
+
+def test_step_count() -> None:
+    track = Track(denoiser(3, num_steps=4))
+    for seed in range(8):
+        track(latents(seed), time(900.0 - 100 * seed), PROMPT)
+    assert track.kinds == "RuuRRuuR"
+
+
+def test_step_count_from_the_context() -> None:
+    track = Track(denoiser(3))
+    for seed in range(8):
+        track(latents(seed), time(900.0 - 100 * seed), PROMPT, context="cond", num_inference_steps=4)
+    assert track.kinds == "RuuRRuuR"
+
+
+def test_step_count_and_an_early_end() -> None:
+    track = Track(denoiser(4, num_steps=5))
+    for seed, t in enumerate(TIMES[:2] + TIMES):
+        track(latents(seed), time(t), PROMPT)
+    assert track.kinds == "Ru" + "RuuuR"
+
+
+@pytest.mark.parametrize("how", ["reset", "_reset_stateful_cache"])
+def test_reset(how: str) -> None:
+    track = Track(denoiser(5))
+    for seed, t in enumerate((900.0, 800.0)):
+        track(latents(seed), time(t), PROMPT)
+    assert track.cached.stats().steps == 2
+    getattr(track.cached, how)()
+    assert track.cached.stats().steps == 2  # readable until the next call
+    for seed, t in enumerate((700.0, 600.0)):
+        track(latents(seed), time(t), PROMPT)
+    assert track.kinds == "RuRu"
+    assert track.cached.stats().steps == 2
+
+
+def test_a_context_needs_a_proper_name() -> None:
+    cached = denoiser()
+    for name in ("", "#0", 3):
+        with pytest.raises(CallError, match="name"), cached.cache_context(name):  # type: ignore[arg-type]
+            pass
+
+
+def test_unknown_hints_are_ignored_and_contexts_nest() -> None:
+    track = Track(denoiser())
+    with track.cached.cache_context("outer", sigma=0.5, anything=1):
+        for seed, t in enumerate(TIMES):
+            track(latents(seed), time(t), PROMPT, context="inner", sigma=1.0)
+            track(latents(seed), time(t), OTHER)
+    assert track.kinds == "RRuuRRuuRR"
+    assert {d.context for d in track.cached.stats().decisions} == {"inner", "outer"}
+
+
+def test_a_context_is_left_when_a_call_fails() -> None:
+    cached = denoiser()
+    with pytest.raises(ZeroDivisionError), cached.cache_context("cond"):
+        raise ZeroDivisionError
+    cached(latents(0), time(900.0), PROMPT)
+    assert cached.stats().decisions[0].context == "#0"
+
+
+# --- reading the timestep on an accelerator ----------------------------------------------------------------------------
+
+
+class OnDevice:
+    """Stands for a timestep on an accelerator: reading it is counted."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, value: float) -> None:
+        self.value, self.reads = value, 0
+
+    def numel(self) -> int:
+        return 1
+
+    def detach(self) -> OnDevice:
+        return self
+
+    def amax(self) -> float:
+        self.reads += 1
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "hint", "reads"),
+    [
+        (None, None, 1),
+        (5, None, 0),
+        (None, {"step_index": 0}, 0),
+        (None, {"num_steps": 5}, 0),
+        (None, {"timestep": 900.0}, 0),
+    ],
+)
+def test_device_reads(num_steps: int | None, hint: dict[str, Any] | None, reads: int) -> None:
+    recognizer = Recognizer(num_steps=num_steps)
+    hints = Hints("cond", **hint) if hint is not None else None
+    moment = OnDevice(900.0)
+    place = recognizer.locate(Arguments(latents(0), moment, (PROMPT,)), ("key",), hints)  # type: ignore[arg-type]
+    assert place.new_generation
+    assert moment.reads == recognizer.syncs == reads
