@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffcache_fx.passes.flops import program_flops
+from diffcache_fx.passes.specialize import Specialize
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -28,8 +30,6 @@ from diffcache_fx import CachedDenoiser, RegionError, compile_with_cache, schedu
 from diffcache_fx.capture import capture
 from diffcache_fx.compile import front_end, run_passes
 from diffcache_fx.invariants import NAMES, check, run_program, same
-from diffcache_fx.passes.flops import program_flops
-from diffcache_fx.passes.specialize import Specialize
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
