@@ -315,7 +315,7 @@ def _tidy(graph: fx.Graph, inputs: list[Input]) -> None:
 def _guards(exported: Any) -> list[Any]:
     for node in exported.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and getattr(value, "fake_mode", None) is not None:
+        if isinstance(value, FakeTensor):
             environment = value.fake_mode.shape_env
             return [guard.expr for guard in environment.guards] if environment is not None else []
     return []

@@ -333,7 +333,7 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _check_devices(model: nn.Module) -> None:
-    places = {}
+    places: dict[torch.device, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         places.setdefault(tensor.device, name)
     if len(places) > 1:

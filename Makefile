@@ -1,0 +1,54 @@
+# Everything runs in .venv, which the first command makes. PYTHON: what it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help demo test lint types sweep clean install
+
+help: ## what can be made
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(STAMP) ## draw digits uncached and cached, side by side, into demo-output/
+	$(BIN)/diffcache-fx demo
+
+test: $(TEST_STAMP) ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(TEST_STAMP) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers do not follow an editable install with package-dir: check an installed copy.
+types: $(TEST_STAMP) ## mypy
+	rm -rf build/types
+	$(PIP) --no-deps --upgrade --target build/types .
+	MYPYPATH=build/types $(BIN)/mypy -p diffcache_fx
+
+sweep: $(TEST_STAMP) ## what takes long: the whole corpus under Inductor, the coverage table, the step; JSON in bench/results/
+	mkdir -p bench/results
+	$(BIN)/python -m bench.coverage --fresh
+	DIFFCACHE_FX_SWEEP=1 $(BIN)/python -m pytest --timeout 7200
+	$(BIN)/python -m bench.step
+
+install: $(TEST_STAMP) ## the library, editable, with what the tests need
+
+# torch first: what depends on it would pull another build of it.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) $(TORCH)
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+$(TEST_STAMP): $(STAMP)
+	$(PIP) -c constraints.txt -e '.[test]'
+	touch $@
+
+clean: ## remove what was made here, the virtual environment included
+	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,223 @@
+"""The command line `diffcache-fx`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+app = typer.Typer(
+    name="diffcache-fx",
+    help="Caches what hardly changes from step to step of a diffusion model, in its compiled graph.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(width=None if sys.stdout.isatty() else 150)  # a table in a file or a log need not be folded
+errors = Console(stderr=True)
+
+Model = Annotated[
+    str, typer.Argument(help="`digits`, a diffusers folder or hub id, or `package.module:factory`", metavar="MODEL")
+]
+SCHEDULE_HELP = "a name, a name with options (interval:every=3,forecast=linear), or the path of a saved schedule"
+Schedules = Annotated[list[str] | None, typer.Option("--schedule", "-s", help=SCHEDULE_HELP + "; repeatable")]
+Steps = Annotated[int, typer.Option(min=1, help="denoising steps of a generation")]
+Backend = Annotated[str, typer.Option(help="eager, inductor, or another torch.compile backend")]
+_state = {"debug": False}
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="show tracebacks")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log captures and compilations")] = False,
+) -> None:
+    _state["debug"] = debug
+    if verbose:
+        handler = RichHandler(console=errors, show_path=False)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Print an error of the library in one sentence and exit 1; with --debug let the traceback through."""
+    from .errors import CacheError
+
+    try:
+        yield
+    except CacheError as error:
+        if _state["debug"]:
+            raise
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars, one for each stage: yields `told(stage, done, total)`; total 0 means that nobody knows."""
+    columns = (
+        SpinnerColumn(finished_text="[green]done"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def told(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total or None)
+            progress.update(tasks[stage], completed=done, total=total or None)
+
+        yield told
+
+
+def _named(texts: list[str]) -> dict[str, Any]:
+    from .arguments import parse_schedule
+
+    return {text: parse_schedule(text) for text in texts}
+
+
+@app.command()
+def demo(
+    schedule: Schedules = None,
+    steps: Steps = 50,
+    images: Annotated[int, typer.Option(min=1, help="images of each of the ten classes")] = 5,
+    out: Annotated[Path, typer.Option(help="folder for the picture and the table")] = Path("demo-output"),
+    backend: Backend = "inductor",
+) -> None:
+    """Draw handwritten digits with and without a cache, side by side, with the speed-up and the fidelity measured."""
+    with one_sentence():
+        from .demo import run
+
+        schedules = _named(schedule or list(run.DEFAULT_SCHEDULES))
+        with bars() as told:
+            found = run.run_demo(schedules, out, steps=steps, images=images, backend=backend, progress=told)
+        console.print(found.table())
+        console.print(run.NOTES.replace("\n", " ").strip(), style="dim")
+        names = ", ".join(str(out / name) for name in (run.PICTURE, run.TABLE, run.DATA))
+        console.print(f"wrote {names} in {found.seconds:.0f} s", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=SCHEDULE_HELP)] = "default",
+    steps: Steps = 50,
+    graph: Annotated[bool, typer.Option("--graph", help="also print the guarded step program as code")] = False,
+) -> None:
+    """Explain what a schedule does to a model: regions, cuts, FLOPs, programs. Nothing runs or compiles."""
+    with one_sentence():
+        from .compile import compile_with_cache
+        from .models import load_target
+
+        (found,) = _named([schedule]).values()
+        target = load_target(model)
+        with errors.status(f"capturing {model}"):
+            cached = compile_with_cache(
+                target.module, found, backend="eager", example_inputs=target.example(), num_steps=steps
+            )
+        console.print(str(cached.explain()), markup=False, highlight=False, soft_wrap=True)
+        if graph:
+            print(cached.program())
+
+
+@app.command()
+def bench(
+    model: Model,
+    schedule: Schedules = None,
+    steps: Steps = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="generations of each contender")] = 5,
+    backend: Backend = "inductor",
+    out: Annotated[Path | None, typer.Option(help="write everything measured as JSON")] = None,
+) -> None:
+    """Compare cached and uncached, compiled by the same backend: generations in turn, in one run.
+
+    `digits` is sampled and its images scored; any other MODEL is called once per step with its example inputs.
+    """
+    with one_sentence():
+        from .comparison import Calls, Workload, compare
+        from .demo.run import Digits
+        from .models import load_target
+
+        schedules = _named(schedule or ["default"])
+        target = load_target(model)
+        workload: Workload
+        if target.demo is not None:
+            workload = Digits(target.demo, steps)
+        else:
+            target.example()
+            assert target.inputs is not None
+            workload = Calls(target.inputs, target.varies, steps)
+        with bars() as told:
+            found = compare(model, target.module, schedules, workload, rounds=rounds, backend=backend, progress=told)
+        console.print(found.table())
+        for row in found.rows[1:]:
+            console.print(row.why, markup=False, highlight=False, soft_wrap=True)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(found.json())
+
+
+@app.command()
+def schedules() -> None:
+    """List the schedules that can be named, and their options."""
+    import inspect as inspection
+
+    from . import schedules as known
+
+    table = Table(title="schedules")
+    table.add_column("name", style="bold")
+    table.add_column("options")
+    table.add_column("what it does")
+    for name in known.list():
+        factory = getattr(known, name)
+        given = inspection.signature(factory).parameters.values()
+        text = " ".join((inspection.getdoc(factory) or "").partition("\n\n")[0].split())
+        table.add_row(name, ", ".join(_option(parameter) for parameter in given) or "-", text)
+    console.print(table)
+
+
+def _option(parameter: Any) -> str:
+    empty = parameter.default is parameter.empty
+    return parameter.name if empty else f"{parameter.name}={parameter.default!r}"
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, processor, and which runtimes can run a step here."""
+    from . import doctor as examine
+    from .version import __version__
+
+    console.print(f"diffcache_fx {__version__}", highlight=False)
+    parts = {"versions": examine.versions, "machine": examine.processor, "backends": examine.backends}
+    for title, findings in parts.items():
+        table = Table(title=title, show_header=False, title_justify="left", min_width=60)
+        for found in findings():
+            table.add_row(found.subject, "[green]yes" if found.well else "[yellow]no", escape(found.detail))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    app()

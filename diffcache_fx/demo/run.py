@@ -1,0 +1,148 @@
+"""The demo: a grid of digits drawn with the uncached compiled model and with cached ones, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from diffcache_fx.comparison import Comparison, Denoiser, Progress, compare, image_fidelity
+from diffcache_fx.models import Call
+from diffcache_fx.schedule import CacheSchedule
+
+from .digits import Demo, load_digits
+from .sampling import generate, image_grid
+
+SEED = 0
+DEFAULT_SCHEDULES = (
+    "interval:every=2,forecast=linear",
+    "interval:every=3,forecast=linear",
+    "interval:every=5,forecast=linear",
+    "fora:interval=3",
+)
+PICTURE, TABLE, DATA = "digits.png", "table.md", "table.json"
+
+
+class _Enough(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a generation that was only meant to warm up."""
+
+
+@dataclass
+class Digits:
+    """A workload: each turn draws one image of each of the ten classes, with guidance, in one batch."""
+
+    demo: Demo
+    steps: int = 50
+    unit: str = "image"
+
+    @property
+    def units(self) -> int:
+        return self.demo.num_classes
+
+    @property
+    def example(self) -> Call:
+        count = self.demo.num_classes * (1 if self.demo.guidance_scale == 1.0 else 2)
+        integers = torch.zeros(count, dtype=torch.int64)
+        return (torch.zeros(count, *self.demo.image_shape),), {"timestep": integers, "class_labels": integers.clone()}
+
+    def generate(self, denoiser: Denoiser, turn: int, limit: int | None, tick: Callable[[], None]) -> Tensor | None:
+        """Images [10, 1, 32, 32] in [-1, 1]; the noise depends on the turn and the class alone."""
+
+        def progress(done: int, total: int) -> None:
+            tick()
+            if limit is not None and done >= limit:
+                raise _Enough
+
+        try:
+            return generate(
+                denoiser,
+                self.demo.scheduler(),
+                range(self.demo.num_classes),
+                num_steps=self.steps,
+                guidance_scale=self.demo.guidance_scale,
+                seed=SEED,
+                batch_size=self.demo.num_classes,
+                progress=progress,
+                null_class=self.demo.null_class,
+                image_shape=self.demo.image_shape,
+                first_index=turn * self.demo.num_classes,
+            )
+        except _Enough:
+            return None
+
+    def fidelity(self, outputs: list[Tensor], reference: list[Tensor]) -> dict[str, float]:
+        """PSNR to the uncached images, and the share of images in which the classifier reads the class asked for."""
+        read, _ = self.demo.classifier.predict(torch.cat(outputs))
+        wanted = torch.arange(self.demo.num_classes).repeat(len(outputs))
+        return {**image_fidelity(outputs, reference), "accuracy": float((read == wanted).float().mean())}
+
+
+def run_demo(
+    schedules: Mapping[str, CacheSchedule],
+    out: Path,
+    *,
+    steps: int = 50,
+    images: int = 5,
+    backend: str = "inductor",
+    progress: Progress | None = None,
+) -> Comparison:
+    """Draw `images` digits of each class with every contender; write picture, table and data into the folder `out`."""
+    demo = load_digits()
+    found = compare(
+        "digits", demo.model, schedules, Digits(demo, steps), rounds=images, backend=backend, progress=progress
+    )
+    write(found, out)
+    return found
+
+
+def write(found: Comparison, out: Path) -> None:
+    """The picture and the table of a finished comparison."""
+    out.mkdir(parents=True, exist_ok=True)
+    picture(found).save(out / PICTURE)
+    (out / TABLE).write_text(f"# Digits, {found.steps} DDIM steps, {found.backend}\n\n{found.markdown()}\n{NOTES}")
+    (out / DATA).write_text(found.json())
+
+
+NOTES = """Latency: median over generations of ten images, all schedules in turn in one run. Ideal: speed-up by executed
+FLOPs. PSNR: to the uncached images of the same noise. Accuracy: share of images read as the class asked for.
+"""
+
+
+def picture(found: Comparison, columns: int = 2, scale: int = 2, margin: int = 12) -> Image.Image:
+    """One grid for each contender, a row for each turn, with captions; grids side by side in `columns`."""
+    font, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    panels = []
+    for row in found.rows:
+        grid = Image.fromarray(image_grid(torch.cat(found.outputs[row.name])).numpy())
+        grid = grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.BICUBIC)
+        panel = Image.new("L", (grid.width, grid.height + 52), 255)
+        panel.paste(grid, (0, 52))
+        draw = ImageDraw.Draw(panel)
+        draw.text((0, 2), row.name, fill=0, font=font)
+        draw.text((0, 28), _caption(found, row.name), fill=70, font=small)
+        panels.append(panel)
+    lines = -(-len(panels) // columns)
+    across = min(columns, len(panels))
+    width, height = panels[0].size
+    size = (across * (width + margin) + margin, lines * (height + margin) + margin)
+    canvas = Image.new("L", size, 255)
+    for index, panel in enumerate(panels):
+        down, right = divmod(index, columns)
+        canvas.paste(panel, (margin + right * (width + margin), margin + down * (height + margin)))
+    return canvas
+
+
+def _caption(found: Comparison, name: str) -> str:
+    row = next(row for row in found.rows if row.name == name)
+    parts = [f"{1000 * row.latency:.0f} ms per image"]
+    if name != found.timings.baseline:
+        parts.append(f"{row.speedup.value:.2f}x faster (ideal {row.ideal:.2f}x)")
+        if math.isfinite(row.fidelity["psnr_db"]):
+            parts.append(f"PSNR {row.fidelity['psnr_db']:.1f} dB")
+    parts.append(f"{100 * row.fidelity['accuracy']:.0f} % read as asked")
+    return ", ".join(parts)
