@@ -227,9 +227,11 @@ def _base(value: fx.Node, inside: set[fx.Node], changing: set[fx.Node], storage:
 
 
 def _carried(node: fx.Node) -> list[fx.Node]:
-    """The arguments whose values live on in the node's: both terms of a sum, the argument of a mere move."""
+    """The arguments whose values live on in the node's: the terms of a sum, the parts of a concatenation, what is moved."""
     if node.target in (aten.add.Tensor, aten.sub.Tensor):
         return [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
+    if node.target == aten.cat.default and isinstance(node.args[0], (list, tuple)):
+        return [argument for argument in node.args[0] if isinstance(argument, fx.Node)]
     if _moves_data(node) or node.target == aten._to_copy.default or node.target == aten.clone.default:
         return node.all_input_nodes[:1]
     return []

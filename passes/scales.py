@@ -1,7 +1,7 @@
 """The nested scales of a U-Net, found from the skip values that cross them.
 
 Where a value s and a value m that was computed from s meet again in a concatenation, what lies between s and m is one
-scale; a U-Net is a chain of such scales, one inside the other. DeepCache (Ma et al., CVPR 2024) caches m of one of them.
+scale; a U-Net is a chain of such scales, one inside the other. DeepCache (Ma et al., CVPR 2024) caches m of one.
 """
 
 from __future__ import annotations

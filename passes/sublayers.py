@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -48,7 +49,7 @@ def find_sublayers(program: StepProgram, reach: Reach | None = None) -> list[Sub
             continue
         path = [fqn for fqn, _ in module_path(node)]
         paths[node] = path
-        for above, fqn in zip(path, path[1:], strict=False):
+        for above, fqn in pairwise(path):
             parents.setdefault(fqn, above)
             calls[fqn].append(node)
     attention: dict[str, fx.Node] = {}

@@ -1,0 +1,67 @@
+"""Building one `torch.cond` in a graph: the two branch graphs, the call, and the values it returns."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from diffcache_fx.program import output_node, returned
+
+from .aliasing import root_of
+from .emit import clone_after, own, set_outputs
+from .purity import eliminate_dead
+
+COND = torch.ops.higher_order.cond
+# Given the branch's graph and its own copies of the operands: the values that flow on, and the next history.
+Body = Callable[[fx.Graph, dict[fx.Node, fx.Node]], tuple[list[fx.Node], list[fx.Node]]]
+
+
+def branch(operands: Sequence[fx.Node], body: Body) -> fx.GraphModule:
+    """A branch graph over `operands`. What it returns is fresh: no operand, and no memory returned twice."""
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    for operand in operands:
+        memo[operand] = graph.placeholder(operand.name)
+        memo[operand].meta = dict(operand.meta)
+    given = set(memo.values())
+    graph.output(())
+    with graph.inserting_before(output_node(graph)):
+        flow, history = body(graph, memo)
+    flow = [clone_after(graph, node) if root_of(node) in given else node for node in flow]
+    kept = own(graph, [*dict.fromkeys(flow), *history])[len(dict.fromkeys(flow)) :]
+    set_outputs(graph, [*flow, *kept])
+    eliminate_dead(graph)
+    graph.lint()
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def choose(
+    root: fx.GraphModule,
+    predicate: fx.Node,
+    on_refresh: fx.GraphModule,
+    on_reuse: fx.GraphModule,
+    operands: Sequence[fx.Node],
+    label: str = "",
+) -> list[fx.Node]:
+    """Call a conditional at the graph's insertion point; returns one node for each value its branches return."""
+    graph = root.graph
+    arms = []
+    for name, arm in (("on_refresh", on_refresh), ("on_reuse", on_reuse)):
+        root.add_submodule(name + label, arm)
+        arms.append(graph.get_attr(name + label))
+    chosen = graph.call_function(COND, (predicate, *arms, tuple(operands)))
+    chosen.meta["val"] = tuple(node.meta["val"] for node in returned(on_refresh.graph))
+    items = []
+    for index, value in enumerate(chosen.meta["val"]):
+        item = graph.call_function(operator.getitem, (chosen, index))
+        item.meta["val"] = value
+        items.append(item)
+    return items
+
+
+def next_history(fresh: fx.Node, slots: list[fx.Node]) -> list[fx.Node]:
+    """The history after a refresh: the fresh value first, the oldest one dropped."""
+    return [fresh, *slots[:-1]]
