@@ -1,7 +1,7 @@
 """A compiler for the denoising step of diffusion models.
 
-It traces a denoiser to one graph, finds what need not be recomputed at every step, rewrites the graph into cache-guarded
-subgraphs, and lowers the result.
+It traces a denoiser to one graph, finds what need not be recomputed at every step, rewrites the graph into
+cache-guarded subgraphs, and lowers the result.
 
     from diffcache_fx import compile_with_cache, schedules
 

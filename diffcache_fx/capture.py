@@ -3,8 +3,8 @@
 `torch.export` in non-strict mode first; where that fails, the other ways in `_WAYS`, in order. Whatever the way, the
 exported program is made functional by `run_decompositions({})`: plain export may hold in-place writes.
 
-Real example tensors are also used for one plain call before tracing (models that build tables lazily must not build them
-from traced values) and for one call of the program after it, whose outputs must be those of the plain call.
+Real example tensors are also used for one plain call before tracing (models that build tables lazily must not build
+them from traced values) and for one call of the program after it, whose outputs must be those of the plain call.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ class _Attempts:
             rounding = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 5e-2
             if not worst <= rounding * max(scale, 1e-6):
                 raise CaptureError(
-                    f"the traced {type(self.module).__name__} computes something else than the model (off by {worst:.3g} "
-                    f"of {scale:.3g}): it draws random numbers, or keeps state from call to call"
+                    f"the traced {type(self.module).__name__} computes something else than the model (off by "
+                    f"{worst:.3g} of {scale:.3g}): it draws random numbers, or keeps state from call to call"
                 )
         log.warning(
             "the traced %s agrees with the model to rounding only: the model takes another kernel in eager mode",

@@ -53,8 +53,8 @@ class _Entry:
 class CachedDenoiser(nn.Module):
     """A drop-in for the denoiser it wraps; made by `compile_with_cache`.
 
-    It has the model's call signature and outputs, and hands every other attribute through (`config`, `dtype`, ...). Each
-    thread has cache state of its own. Calls run without gradients.
+    It has the model's call signature and outputs, and hands every other attribute through (`config`, `dtype`, ...).
+    Each thread has cache state of its own. Calls run without gradients.
     """
 
     def __init__(

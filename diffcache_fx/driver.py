@@ -184,7 +184,12 @@ class Driver:
         context = place.context
         state = context.payload
         # A call in doubt may belong to another generation: what went before must not reach its forecasts either.
-        if place.new_generation or place.doubt or not isinstance(state, CacheState) or state.regions is not steps.regions:
+        if (
+            place.new_generation
+            or place.doubt
+            or not isinstance(state, CacheState)
+            or state.regions is not steps.regions
+        ):
             state = context.payload = CacheState(steps.regions)
         wanted, reason = self._decide(steps, place, state)
         try:

@@ -40,7 +40,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """What a captured program has baked in: two equal fingerprints mean that it still computes the module's function.
 
     Counted: each submodule's identity, whether it is in training mode, its hooks, and the Python scalars it holds
-    (LoRA scales and switches, say); of parameters, buffers and plain tensor attributes the name, shape, dtype and device.
+    (LoRA scales and switches, say); of parameters, buffers and plain tensor attributes name, shape, dtype and device.
     Not counted: their values, which programs read at run time.
     """
     parts: list[Any] = []

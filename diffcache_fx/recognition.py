@@ -1,5 +1,5 @@
-"""Which generation, which guidance branch and which step a call belongs to: from what the pipeline says where it says it
-(`cache_context`, `reset`), else from the identity of the arguments. In doubt the answer is "compute".
+"""Which generation, which guidance branch and which step a call belongs to: from what the pipeline says where it says
+it (`cache_context`, `reset`), else from the identity of the arguments. In doubt the answer is "compute".
 
 Nothing here reads a tensor on an accelerator, except, where neither contexts nor the number of steps are known, the
 timestep, once per step (counted in `syncs`).

@@ -111,8 +111,8 @@ class Explanation:
             lines.append(f"  program: {what}, {100 * flops / max(self.full_flops, 1):.1f} % of a full step")
         if self.merge_cost:
             lines.append(
-                f"  {self.rows} distinct steps share {len(self.programs)} programs at {100 * self.merge_cost:.1f} % more "
-                "work (max_programs=None would merge none)"
+                f"  {self.rows} distinct steps share {len(self.programs)} programs at {100 * self.merge_cost:.1f} % "
+                "more work (max_programs=None would merge none)"
             )
         if self.steps:
             lines.append(

@@ -162,7 +162,7 @@ def _cheapest(
             movable.add(node)
             frontier.update(node.users)
     if not movable:
-        return [node for node in boundary], inside
+        return list(boundary), inside
     flow = nx.DiGraph()
     for node in [*boundary, *movable]:
         flow.add_edge((node, "in"), (node, "out"), capacity=_bytes(node))
@@ -227,7 +227,7 @@ def _base(value: fx.Node, inside: set[fx.Node], changing: set[fx.Node], storage:
 
 
 def _carried(node: fx.Node) -> list[fx.Node]:
-    """The arguments whose values live on in the node's: the terms of a sum, the parts of a concatenation, what is moved."""
+    """The arguments whose values live on in the result: terms of a sum, parts of a concatenation, what is moved."""
     if node.target in (aten.add.Tensor, aten.sub.Tensor):
         return [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
     if node.target == aten.cat.default and isinstance(node.args[0], (list, tuple)):

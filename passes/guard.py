@@ -22,7 +22,7 @@ class InsertGuards:
     2. A single group becomes one conditional over two whole steps; its regions may be any sets of nodes.
     3. Several groups become one conditional per region, sharing their group's predicate; there each region must be
        convex: no path may leave it and come back.
-    4. History moves by one slot at a refresh (newest first) and stays at a reuse. Branches return nothing that they were
+    4. History moves by one slot at a refresh (newest first) and stays at a reuse. Branches return nothing they were
        given: what passes through is cloned. Parameters are operands of the branches.
 
     Before:  a = block0(x); b = block1(a); return head(b)
