@@ -17,15 +17,16 @@ from torch.utils import _pytree as pytree
 
 os.environ["DIFFCACHE_FX_VERIFY"] = "1"
 
+from diffcache_fx.passes.cut import ComputeCut, RuleStorage
+from diffcache_fx.passes.normalize import Normalize
+from diffcache_fx.passes.regions import SelectRegions
+
 import diffcache_fx.compile as compiling
 from bench.zoo import Entry, corpus
 from diffcache_fx.calling import Call, ShapeRules, number_tensor
 from diffcache_fx.capture import capture
 from diffcache_fx.compile import run_passes
 from diffcache_fx.parameters import Parameters
-from diffcache_fx.passes.cut import ComputeCut, RuleStorage
-from diffcache_fx.passes.normalize import Normalize
-from diffcache_fx.passes.regions import SelectRegions
 from diffcache_fx.program import InputKind, OutputKind, StepProgram
 from diffcache_fx.selection import Selection
 

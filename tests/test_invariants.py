@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-from bench.zoo import CORE, tensors
-from diffcache_fx import Blocks, Scale, Sublayers, Trunk, compile_with_cache, schedules
 from diffcache_fx.passes.flops import program_flops
 from diffcache_fx.passes.guard import InsertGuards
 from diffcache_fx.passes.reach import Reach
 from diffcache_fx.passes.specialize import Specialize
 from diffcache_fx.passes.verify import Verify
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from bench.zoo import CORE, tensors
+from diffcache_fx import Blocks, Scale, Sublayers, Trunk, compile_with_cache, schedules
 from diffcache_fx.program import InputKind, StepProgram, returned
 
 from .conftest import Sample, equal, history, hold_rows, run, sample, steps_of, storages, worst
@@ -217,7 +217,7 @@ def test_branches_of_each_region_on_its_own(name: str, kind: str) -> None:
         assert not storages(got.state.values()) & storages([*got.outputs, *old.values()])
 
 
-# --- isolation ---------------------------------------------------------------------------------------------------------
+# --- isolation ---
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -375,7 +375,7 @@ def test_an_exception_leaves_nothing_stale(name: str, decide: str) -> None:
     assert same(again, expected)
 
 
-# --- other backends ----------------------------------------------------------------------------------------------------
+# --- other backends ---
 
 
 @pytest.mark.inductor

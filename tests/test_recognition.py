@@ -86,6 +86,10 @@ class Track:
         self.kinds += "u" if last.reused else "R"
         self.count += 1
 
+    def all(self, calls: list[tuple[Any, ...]]) -> None:
+        for args in calls:
+            self(*args)
+
     @property
     def reason(self) -> str:
         return self.cached.stats().decisions[-1].reason
@@ -97,7 +101,7 @@ def _no_grad() -> Any:
         yield
 
 
-# --- one branch, nothing said ------------------------------------------------------------------------------------------
+# --- one branch, nothing said ---
 
 
 def test_timestep_returns_to_the_first() -> None:
@@ -207,7 +211,7 @@ def test_conditioning_that_changes_at_every_step_still_never_mixes_generations()
     assert "u" in track.kinds
 
 
-# --- two calls a step without contexts ---------------------------------------------------------------------------------
+# --- two calls a step without contexts ---
 
 
 def test_two_branches_by_the_same_latents() -> None:
@@ -262,20 +266,18 @@ def test_a_branch_with_an_argument_less() -> None:
 
 def test_the_same_conditioning_twice_at_a_step_is_computed() -> None:
     track = Track(denoiser(3))
+    calls = [(latents(seed + off), time(t), PROMPT) for seed, t in enumerate(TIMES) for off in (0, 50)]
     with pytest.warns(CacheWarning, match="same conditioning"):
-        for seed, t in enumerate(TIMES):
-            track(latents(seed), time(t), PROMPT)
-            track(latents(50 + seed), time(t), PROMPT)
+        track.all(calls)
     assert track.kinds == "R" * 10
     assert "timestep" in track.reason
 
 
 def test_unconditional_generations_interleaved_are_always_computed() -> None:
     track = Track(denoiser(3))
+    calls = [(latents(seed + off), time(t)) for seed, t in enumerate(TIMES) for off in (0, 50)]
     with pytest.warns(CacheWarning, match="cache_context"):
-        for seed, t in enumerate(TIMES):
-            track(latents(seed), time(t))
-            track(latents(50 + seed), time(t))
+        track.all(calls)
     assert track.kinds == "R" * 10
 
 
@@ -296,16 +298,16 @@ def test_interleaved_generations_at_other_timesteps_are_computed_from_the_first_
     assert track.kinds[2:] == "R" * 8
 
 
-# --- refinement --------------------------------------------------------------------------------------------------------
+# --- refinement ---
 
 HEUN = (900.0, 700.0, 700.0, 500.0, 500.0, 300.0, 300.0, 100.0)
 
 
 def test_repeated_timesteps_are_computed() -> None:
     track = Track(denoiser())
+    calls = [(latents(seed), time(t), PROMPT) for seed, t in enumerate(HEUN)]
     with pytest.warns(CacheWarning, match="refinement=True"):
-        for seed, t in enumerate(HEUN):
-            track(latents(seed), time(t), PROMPT)
+        track.all(calls)
     assert track.kinds[2:] == "R" * 6
 
 
@@ -326,7 +328,7 @@ def test_refinement_said_by_the_context() -> None:
     assert track.kinds == "RuRuRuRu"
 
 
-# --- contexts and step counts ------------------------------------------------------------------------------------------
+# --- contexts and step counts ---
 
 
 def test_contexts_with_step_index() -> None:
@@ -423,7 +425,7 @@ def test_a_context_is_left_when_a_call_fails() -> None:
     assert cached.stats().decisions[0].context == "#0"
 
 
-# --- reading the timestep on an accelerator ----------------------------------------------------------------------------
+# --- reading the timestep on an accelerator ---
 
 
 class OnDevice:
