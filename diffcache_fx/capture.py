@@ -152,7 +152,7 @@ class _Attempts:
         output = _Output()
         flat = _Flat(self.module, self.call, variable, output)
         inputs = tuple(
-            leaf if isinstance(leaf, torch.Tensor) else number_tensor(leaf)
+            leaf.contiguous() if isinstance(leaf, torch.Tensor) else number_tensor(leaf)
             for leaf in (self.call.leaves[i] for i in variable)
         )
         try:

@@ -44,7 +44,10 @@ class _Entry:
         self.timestep = by_name[timestep.name] if timestep is not None else None
         if self.timestep == self.latents:
             self.timestep = None
-        self.rest = tuple(i for i in range(len(program.signature.leaves)) if i not in (self.latents, self.timestep))
+        batch = program.signature.siblings(self.latents)  # some models take a list of latents, one for each image
+        self.rest = tuple(
+            i for i in range(len(program.signature.leaves)) if i not in batch and i not in (self.latents, self.timestep)
+        )
         self.numbers = {
             i: leaf for i, leaf in enumerate(program.signature.leaves) if is_number(leaf)
         }  # numbers that stayed constants
@@ -113,7 +116,11 @@ class CachedDenoiser(nn.Module):
         if place.new_generation or driver.bound is not steps:
             steps.bind()
             driver.bound = steps
-        users = {i: leaf if isinstance(leaf := leaves[i], torch.Tensor) else number_tensor(leaf) for i in entry.tensors}
+        users = {
+            # Contiguous: programs are compiled for the strides they were captured with, and pipelines vary theirs.
+            i: leaf.contiguous() if isinstance(leaf := leaves[i], torch.Tensor) else number_tensor(leaf)
+            for i in entry.tensors
+        }
         kind = arguments.latents.device.type
         with torch.no_grad():
             if autocast_state(kind)[0]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from .calling import Call, number_tensor
 from .parameters import Parameters
@@ -80,7 +79,7 @@ def check(program: StepProgram, module: nn.Module, args: tuple[Any, ...], kwargs
         plain = [leaf for leaf in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
     fresh, state = run_program(refresh, module, args, kwargs)
     history = {f"{target}/0": value for target, value in state.items()}
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         filled, _ = run_program(reuse, module, args, kwargs, history)
     found = dict.fromkeys(NAMES, "")
     if not same(fresh, plain):
@@ -102,7 +101,8 @@ def _deadness(program: StepProgram, reuse: StepProgram, executed: int) -> str:
     if idle:
         return f"the reuse program takes {idle[0]} and does not use it"
     expected = program_flops(reuse)
-    return "" if executed == expected else f"{executed} FLOPs ran, {expected} were expected"
+    close = abs(executed - expected) <= 0.01 * expected  # an outer product runs as a product, which counts as nothing
+    return "" if close else f"{executed} FLOPs ran, {expected} were expected"
 
 
 def _branches(

@@ -40,21 +40,21 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """What a captured program has baked in: two equal fingerprints mean that it still computes the module's function.
 
     Counted: each submodule's identity, whether it is in training mode, its hooks, and the Python scalars it holds
-    (LoRA scales and switches, say); of parameters, buffers and plain tensor attributes name, shape, dtype and device.
-    Not counted: their values, which programs read at run time.
+    (LoRA scales and switches, say); of parameters, buffers and plain tensor attributes name, shape, strides,
+    dtype and device. Not counted: their values, which programs read at run time.
     """
     parts: list[Any] = []
     for name, child in module.named_modules():
         parts.append((name, type(child), id(child), child.training))
         for store in (child._parameters, child._buffers):
             for key, tensor in store.items():
-                parts.append((key, None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)))
+                parts.append((key, None if tensor is None else _layout(tensor)))
         if child._forward_hooks or child._forward_pre_hooks:
             parts.append(
                 (tuple(map(id, child._forward_hooks.values())), tuple(map(id, child._forward_pre_hooks.values())))
             )
         for key, value in vars(child).items():
-            if key.startswith("_") and not isinstance(value, _PLAIN):
+            if key in _INTERNAL:
                 continue
             seen = _scalar(value)
             if seen is not _SKIP:
@@ -62,7 +62,13 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
+# What every module holds for PyTorch's own use; looked at above where it matters.
+_INTERNAL = frozenset(vars(nn.Module()))
 _SKIP = object()
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def _scalar(value: Any, depth: int = 0) -> Any:
@@ -72,7 +78,7 @@ def _scalar(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
     if isinstance(value, torch.Tensor):
-        return ("tensor", id(value), tuple(value.shape), value.dtype, value.device)
+        return ("tensor", id(value), *_layout(value))
     if callable(value) and depth == 0 and not isinstance(value, (type, nn.Module)):
         return ("callable", id(value)) if hasattr(value, "__func__") is False else _SKIP
     if depth < 3 and isinstance(value, (list, tuple, set, frozenset)):

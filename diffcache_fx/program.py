@@ -38,6 +38,25 @@ class OutputKind(enum.Enum):
     EXTRA = "extra"  # target: a name asked for by the caller
 
 
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size as a number, without fixing it: for a symbolic one the value met at capture (1 where none is known)."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 1
+
+
+def same_layout(a: torch.Tensor, b: torch.Tensor, strides: bool = False) -> bool:
+    """Whether two example values agree in shape, dtype and device (and strides). Symbolic sizes are compared by what they
+    are written as: comparing them as numbers would fix them."""
+    return (
+        str(tuple(a.shape)) == str(tuple(b.shape))
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and (not strides or str(a.stride()) == str(b.stride()))
+    )
+
+
 @dataclass(frozen=True)
 class Input:
     kind: InputKind
@@ -72,7 +91,7 @@ class CutValue:
         """Bytes of one stored copy, counted by what is stored (contiguous), not by what it was a view of."""
         count = 1
         for size in self.shape:
-            count *= int(size)
+            count *= size_hint(size)
         return count * self.dtype.itemsize
 
 
@@ -111,6 +130,17 @@ class CallSignature:
     @property
     def tensor_leaves(self) -> tuple[int, ...]:
         return tuple(i for i, leaf in enumerate(self.leaves) if leaf is TENSOR)
+
+    def siblings(self, leaf: int) -> range:
+        """The leaves of the list or tuple argument that holds `leaf`; that leaf alone if it is an argument itself."""
+        start = 0
+        for side in self.in_spec.children():
+            for argument in side.children():
+                stop = start + argument.num_leaves
+                if start <= leaf < stop:
+                    return range(start, stop) if argument.type in (list, tuple) else range(leaf, leaf + 1)
+                start = stop
+        raise IndexError(f"no leaf {leaf} in this call")
 
     def unflatten(self, tensors: list[torch.Tensor]) -> Any:
         """Rebuild the model's own output object from its tensor leaves."""

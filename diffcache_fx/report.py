@@ -12,6 +12,7 @@ from .errors import ScheduleError
 from .passes.flops import program_flops
 from .passes.specialize import Specialize
 from .plan import Plan, choose_programs
+from .program import size_hint
 from .schedule import CacheSchedule
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def explain(captured: Captured) -> Explanation:
             nodes=len(region.nodes),
             values=tuple(
                 (
-                    tuple(int(size) for size in value.shape),
+                    tuple(size_hint(size) for size in value.shape),
                     str(value.dtype).removeprefix("torch."),
                     "residual" if value.base else "value",
                 )

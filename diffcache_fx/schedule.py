@@ -108,7 +108,7 @@ class CacheSchedule:
                 "make it again with this library, or install the library that wrote it"
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
-        return _decode_into(cls, fields, "schedule", {"rules": lambda rules: tuple(_decode_rule(r) for r in rules)})
+        return _decode_into(cls, fields, "schedule", {"rules": _decode_rules})
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -177,6 +177,12 @@ def _decode_kind(data: Any, kinds: tuple[type, ...], what: str) -> Any:
         raise ScheduleError(f"unknown {what} {data['kind']!r}{nearest(str(data['kind']), names)}")
     body = {key: value for key, value in data.items() if key != "kind"}
     return _decode_into(names[data["kind"]], body, f"{what} {data['kind']!r}")
+
+
+def _decode_rules(data: Any) -> tuple[Rule, ...]:
+    if not isinstance(data, (list, tuple)):
+        raise ScheduleError(f"rules must be a list of rules, not {data!r}")
+    return tuple(_decode_rule(entry) for entry in data)
 
 
 def _decode_rule(data: Any) -> Rule:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .program import Region
+from .program import Region, size_hint
 
 
 class RegionHistory:
@@ -82,7 +82,7 @@ class CacheState:
         for value, slots in zip(history.region.cut, history.slots, strict=True):
             for index, slot in enumerate(slots):
                 if slot is None:
-                    shape = tuple(int(size) for size in value.shape)
+                    shape = tuple(size_hint(size) for size in value.shape)
                     slots[index] = torch.zeros(shape, dtype=value.dtype, device=value.device)
         return history.slots  # type: ignore[return-value]
 

@@ -36,7 +36,7 @@ def lower(
     try:
         with torch.no_grad():
             if backend == "inductor":
-                if outlining:
+                if outlining and not _symbolic(examples):  # Inductor's subgraph calls want plain sizes
                     module = outline(copied).module
                 run = _inductor(module, examples, options)
             else:
@@ -58,6 +58,11 @@ def lower(
         len(program.reused),
     )
     return Lowered.of(program, run)
+
+
+def _symbolic(examples: list[Any]) -> bool:
+    tensors = [value for value in examples if isinstance(value, torch.Tensor)]
+    return any(not isinstance(size, int) for tensor in tensors for size in tensor.shape)
 
 
 def _inductor(module: fx.GraphModule, examples: list[Any], options: dict[str, Any]) -> Callable[..., Any]:

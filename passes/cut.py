@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from diffcache_fx.errors import RegionError
-from diffcache_fx.program import CutValue, Region, StepProgram, value_of
+from diffcache_fx.program import CutValue, Region, StepProgram, same_layout, size_hint, value_of
 
 from .purity import is_impure
 from .reach import varying
@@ -133,7 +133,7 @@ def _bytes(node: fx.Node) -> int:
         return 1 << 50
     count = 1
     for size in value.shape:
-        count *= int(size)
+        count *= size_hint(size)
     return max(count * value.dtype.itemsize, 1)
 
 
@@ -189,13 +189,7 @@ def _base(value: fx.Node, inside: set[fx.Node], changing: set[fx.Node], storage:
 
     def fits(node: fx.Node) -> bool:
         other = value_of(node)
-        return (
-            node in changing
-            and isinstance(other, torch.Tensor)
-            and tuple(other.shape) == tuple(example.shape)
-            and other.dtype == example.dtype
-            and other.device == example.device
-        )
+        return node in changing and isinstance(other, torch.Tensor) and same_layout(other, example)
 
     seen: set[fx.Node] = set()
     queue = [value]

@@ -11,12 +11,12 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from diffcache_fx.program import StepProgram
+from diffcache_fx.program import StepProgram, size_hint
 
 
 def _shape(value: Any) -> tuple[int, ...]:
     tensor = value.meta["val"] if isinstance(value, fx.Node) else value
-    return tuple(int(size) for size in tensor.shape)
+    return tuple(size_hint(size) for size in tensor.shape)
 
 
 def _linear(node: fx.Node) -> int:
@@ -27,7 +27,7 @@ def _linear(node: fx.Node) -> int:
 def _matmul(node: fx.Node) -> int:
     left = _shape(node.args[0])
     out = node.meta["val"]
-    return 2 * math.prod(int(size) for size in out.shape) * left[-1]
+    return 2 * math.prod(size_hint(size) for size in out.shape) * left[-1]
 
 
 def _attention(node: fx.Node) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from diffcache_fx.program import StepProgram, value_of
+from diffcache_fx.program import StepProgram, same_layout, value_of
 
 from .purity import draws_random, eliminate_dead, is_assert
 
@@ -51,13 +51,8 @@ class Normalize:
 
 def _same_shape(node: fx.Node) -> bool:
     before, after = value_of(node.args[0]), value_of(node)  # type: ignore[arg-type]
-    return (
-        isinstance(before, torch.Tensor)
-        and isinstance(after, torch.Tensor)
-        and tuple(before.shape) == tuple(after.shape)
-        and before.dtype == after.dtype
-        and before.stride() == after.stride()
-    )
+    tensors = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
+    return tensors and same_layout(before, after, strides=True)
 
 
 def _always(node: fx.Node) -> bool:

@@ -120,7 +120,7 @@ def latent_input(program: StepProgram) -> fx.Node | None:
     target = value_of(outputs[0]) if outputs and isinstance(outputs[0], fx.Node) else None
     named = [node for node in candidates if node.name in _LATENT_NAMES]
     if isinstance(target, torch.Tensor):
-        shaped = [node for node in candidates if tuple(node.meta["val"].shape) == tuple(target.shape)]
+        shaped = [node for node in candidates if str(node.meta["val"].shape) == str(target.shape)]
         if shaped:
             return next((node for node in shaped if node in named), shaped[0])
     return (named or candidates)[0]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from diffcache_fx.program import StepProgram, value_of
+from diffcache_fx.program import StepProgram, size_hint, value_of
 
 from .flops import flops_of
 from .reach import Reach, latent_input
@@ -44,7 +44,7 @@ def _extent(node: fx.Node) -> int:
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.dim() < 3:
         return 0
-    return math.prod(int(size) for size in value.shape[2:])
+    return math.prod(size_hint(size) for size in value.shape[2:])
 
 
 def find_scales(program: StepProgram, reach: Reach | None = None) -> list[Scale]:
