@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from .calling import ShapeRules
@@ -24,7 +23,7 @@ from .export.lowered import Lowered
 from .guards import Mask
 from .parameters import Parameters
 from .passes.cut import ComputeCut, RuleStorage
-from .passes.flops import program_flops
+from .passes.flops import StepFlops
 from .passes.guard import InsertGuards, group_name
 from .passes.normalize import Normalize
 from .passes.regions import SelectRegions
@@ -54,6 +53,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.decide not in ("host", "graph"):
             raise CacheError(f"decide must be 'host' or 'graph', not {self.decide!r}")
+        if self.dynamic and self.decide == "graph":
+            raise CacheError("dynamic=True needs decide='host': a program with conditionals has fixed sizes")
         for name in ("num_steps", "max_programs"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -106,13 +107,24 @@ class Captured:
         self.program = run_passes(captured, front_end(schedule))
         if not self.program.regions:
             raise RegionError("the schedule selects nothing that depends on the inputs of a step")
-        self.full_flops = program_flops(Specialize(frozenset())(self.program))
-        self.weight = {
-            region.name: float(self.full_flops - program_flops(self.specialized(frozenset({region.name}))))
-            for region in self.program.regions
-        }
+        self._flops = StepFlops(self.program)
+        self.full_flops = self.flops(frozenset())
+        names = [region.name for region in self.program.regions]
+        self.weight = {name: float(self.full_flops - self.flops(frozenset({name}))) for name in names}
         self._lowered: dict[Reused | str, Lowered] = {}
         self._sets: dict[int | None, StepSet] = {}
+
+    def flops(self, reused: Reused) -> int:
+        """FLOPs of a step that takes these regions from the cache."""
+        return self._flops(reused)
+
+    @property
+    def programs_compiled(self) -> int:
+        return len(self._lowered)
+
+    def compiled(self, num_steps: int | None) -> StepSet | None:
+        """The compiled programs for a run of so many steps, if they are there already."""
+        return self._sets.get(num_steps)
 
     def specialized(self, reused: Reused) -> StepProgram:
         return run_passes(self.program, (Specialize(reused),))
@@ -192,4 +204,4 @@ def compile_with_cache(
     return CachedDenoiser(model, resolve(schedule), options, example_inputs)
 
 
-__all__ = ["Captured", "Options", "compile_with_cache", "front_end", "lower", "run_passes", "torch"]
+__all__ = ["Captured", "Options", "compile_with_cache", "front_end", "lower", "run_passes"]

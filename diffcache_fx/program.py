@@ -43,12 +43,15 @@ def size_hint(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size
     hint = size.node.hint
-    return int(hint) if hint is not None else 1
+    if hint is None:  # a size that depends on data; capture notes what it was in the example call
+        seen = size.node.expr.xreplace(size.node.shape_env.var_to_hint_override)
+        hint = seen if getattr(seen, "is_number", True) else 1
+    return int(hint)
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor, strides: bool = False) -> bool:
-    """Whether two example values agree in shape, dtype and device (and strides). Symbolic sizes are compared by what they
-    are written as: comparing them as numbers would fix them."""
+    """Whether two example values agree in shape, dtype and device (and strides). Symbolic sizes are compared by what
+    they are written as: comparing them as numbers would fix them."""
     return (
         str(tuple(a.shape)) == str(tuple(b.shape))
         and a.dtype == b.dtype

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from .driver import Decision, Record
 from .errors import ScheduleError
-from .passes.flops import program_flops
-from .passes.specialize import Specialize
 from .plan import Plan, choose_programs
 from .program import size_hint
 from .schedule import CacheSchedule
@@ -154,7 +152,7 @@ def explain(captured: Captured) -> Explanation:
     except ScheduleError as error:
         plan, rows, note = None, [frozenset()], str(error)
     choice = choose_programs(rows, captured.weight, float(captured.full_flops), captured.options.max_programs)
-    flops = {reused: program_flops(Specialize(reused)(program)) for reused in choice.programs}
+    flops = {reused: captured.flops(reused) for reused in choice.programs}
     spent = sum(flops[choice.serve(row, captured.weight)] for row in rows)
     known = plan is not None and plan.num_steps is not None
     return Explanation(
@@ -197,13 +195,7 @@ def summarize(stats: Stats, schedule: CacheSchedule, captured: Captured | None) 
         )
     if captured is not None and stats.reused:
         full = captured.full_flops
-        spent = 0.0
-        cost: dict[frozenset[str], int] = {}
-        for decision in stats.decisions:
-            key = frozenset(decision.reused)
-            if key not in cost:
-                cost[key] = program_flops(Specialize(key)(captured.program))
-            spent += cost[key]
+        spent = sum(captured.flops(frozenset(decision.reused)) for decision in stats.decisions)
         lines.append(f"  executed FLOPs: {100 * spent / (full * stats.steps):.1f} % of the uncached run")
     if stats.syncs:
         lines.append(

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from diffcache_fx.program import StepProgram, size_hint
+from diffcache_fx.program import StepProgram, returned, size_hint
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -92,6 +92,43 @@ def flops_of(node: fx.Node) -> int:
 
 def total_flops(nodes: Iterable[fx.Node]) -> int:
     return sum(flops_of(node) for node in nodes)
+
+
+class StepFlops:
+    """FLOPs of a program with regions, for any set of reused ones, without writing out the specialised program: the sum
+    over the nodes from which an output, or the state of a computed region, is still reached."""
+
+    def __init__(self, program: StepProgram) -> None:
+        self._program = program
+        nodes = program.named_nodes()
+        self._results = [value for value in returned(program.graph) if isinstance(value, fx.Node)]
+        self._cost = {node: flops_of(node) for node in program.graph.nodes}
+        self._region = {nodes[name]: region.name for region in program.regions for name in region.nodes}
+        self._cuts = {
+            region.name: [nodes[name] for value in region.cut for name in (value.node, value.base) if name]
+            for region in program.regions
+        }
+        self._base = {
+            nodes[value.node]: nodes[value.base] for region in program.regions for value in region.cut if value.base
+        }
+
+    def __call__(self, reused: frozenset[str]) -> int:
+        seen: set[fx.Node] = set()
+        stack = [*self._results, *(n for name, cut in self._cuts.items() if name not in reused for n in cut)]
+        total = 0
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if self._region.get(node) in reused:
+                # Only reached from outside, so a cut value: it comes from the cache, plus its fresh base if it has one.
+                base = self._base.get(node)
+                stack += [base] if base is not None else []
+                continue
+            total += self._cost[node]
+            stack += node.all_input_nodes
+        return total
 
 
 def program_flops(program: StepProgram) -> int:

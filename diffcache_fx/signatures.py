@@ -1,0 +1,191 @@
+"""The captured call signatures of one model: which program serves a call, when a new one is captured, and when the
+model has changed so that all are captured again."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calling import autocast_state, is_number, leaf_key, number_tensor, quick_flatten, rank_key
+from .compile import Captured, Options
+from .driver import StepSet
+from .errors import CallError, StaleProgramError
+from .parameters import difference, fingerprint
+from .passes.reach import latent_input, timestep_input
+from .program import InputKind
+from .recognition import Arguments
+from .schedule import CacheSchedule
+
+log = logging.getLogger(__name__)
+# Least recently used signatures beyond this many are dropped, with their compiled programs.
+KEPT = 8
+
+
+class FlatCall:
+    """One call: its leaves in order, and the key that must agree with a captured signature's."""
+
+    __slots__ = ("args", "autocast", "key", "kwargs", "leaves", "structure")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.leaves, self.structure = quick_flatten(args, kwargs)
+        kind = next((leaf.device.type for leaf in self.leaves if isinstance(leaf, torch.Tensor)), "cpu")
+        self.autocast = autocast_state(kind)
+        self.key = (self.structure, tuple([leaf_key(leaf) for leaf in self.leaves]), self.autocast)
+
+    def wants_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in self.leaves
+        )
+
+    def without_sizes(self) -> tuple[Any, ...]:
+        return (self.structure, tuple(rank_key(leaf) for leaf in self.leaves), self.autocast)
+
+
+class Signature:
+    """A captured signature, and where its latents, timestep and conditioning lie among the leaves of a call."""
+
+    def __init__(self, captured: Captured, call: FlatCall, mark: tuple[Any, ...]) -> None:
+        self.captured = captured
+        self.mark = mark
+        self.without_sizes = call.without_sizes()
+        program = captured.program
+        by_name = {entry.name: int(entry.target) for _, entry in program.inputs_of(InputKind.USER)}
+        latents, timestep = latent_input(program), timestep_input(program)
+        self.tensors = program.signature.tensor_leaves
+        first = next(i for i in self.tensors if i not in program.signature.numbers)
+        self.latents = by_name[latents.name] if latents is not None else first
+        self.timestep = by_name[timestep.name] if timestep is not None else None
+        if self.timestep == self.latents:
+            self.timestep = None
+        batch = program.signature.siblings(self.latents)  # some models take a list of latents, one for each image
+        apart = {*batch, self.latents, self.timestep}
+        self.conditioning = tuple(i for i in range(len(program.signature.leaves)) if i not in apart)
+        # Numbers that reach a shape or a branch are part of the program: their values must agree.
+        self.constants = {i: leaf for i, leaf in enumerate(program.signature.leaves) if is_number(leaf)}
+
+    def serves(self, call: FlatCall) -> bool:
+        """Whether a call with this signature's key also has its constants."""
+        return all(call.leaves[i] == value for i, value in self.constants.items())
+
+    def serves_sizes(self, call: FlatCall) -> bool:
+        """Whether a call of other sizes fits what was captured with symbolic ones."""
+        return (
+            self.without_sizes == call.without_sizes()
+            and self.serves(call)
+            and self.captured.rules.accepts(call.leaves)
+        )
+
+    def arguments(self, call: FlatCall) -> Arguments:
+        """What recognition looks at."""
+        leaves = call.leaves
+        return Arguments(
+            leaves[self.latents],
+            leaves[self.timestep] if self.timestep is not None else None,
+            tuple([leaves[i] for i in self.conditioning]),
+        )
+
+    def users(self, call: FlatCall) -> dict[int, torch.Tensor]:
+        """The program's tensor inputs by leaf. Contiguous: programs are compiled for the strides they were captured
+        with, and pipelines vary theirs."""
+        leaves = call.leaves
+        return {
+            i: leaf.contiguous() if isinstance(leaf := leaves[i], torch.Tensor) else number_tensor(leaf)
+            for i in self.tensors
+        }
+
+
+class Signatures:
+    """All captured signatures of one model under one schedule; safe to use from several threads."""
+
+    def __init__(self, module: nn.Module, schedule: CacheSchedule, options: Options) -> None:
+        self.module, self.schedule, self.options = module, schedule, options
+        self.compilations = 0
+        self.recaptures: list[str] = []
+        self._known: OrderedDict[Any, list[Signature]] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def find(self, call: FlatCall) -> Signature:
+        """The signature that serves a call, captured now if none does."""
+        for signature in self._known.get(call.key, ()):
+            if signature.serves(call):
+                return signature
+        with self._lock:
+            found = None
+            if self.options.dynamic:
+                every = [signature for known in self._known.values() for signature in known]
+                found = next((signature for signature in every if signature.serves_sizes(call)), None)
+            if found is None:
+                check_call(self.module, call.args, call.kwargs)
+                mark = fingerprint(self.module)
+                captured = Captured(self.module, self.schedule, self.options, call.args, call.kwargs)
+                found = Signature(captured, call, mark)
+            self._known.setdefault(call.key, []).append(found)
+            self._known.move_to_end(call.key)
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)
+            return found
+
+    def current(self, signature: Signature, call: FlatCall) -> Signature:
+        """The signature itself if the model is still what was captured, else that of a new capture."""
+        mark = fingerprint(self.module)
+        if mark == signature.mark:
+            if call.key in self._known:
+                self._known.move_to_end(call.key)
+            return signature
+        with self._lock:
+            what = difference(signature.mark, mark)
+            log.info("the model changed (%s): capturing it again", what)
+            self.recaptures.append(what)
+            check_devices(self.module)
+            self._known.clear()
+            return self.find(call)
+
+    def steps(self, signature: Signature, num_steps: int | None) -> StepSet:
+        """The compiled programs of a signature for a run of so many steps."""
+        found = signature.captured.compiled(num_steps)
+        if found is None:
+            with self._lock:
+                before = signature.captured.programs_compiled
+                found = signature.captured.steps(num_steps)
+                self.compilations += signature.captured.programs_compiled - before
+        return found
+
+    def latest(self) -> Signature | None:
+        """The signature captured or used last."""
+        for known in reversed(self._known.values()):
+            return known[-1]
+        return None
+
+
+def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise CallError if the model's forward does not take these arguments."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CallError(f"{type(model).__name__} cannot be called like this: {error}. It takes {signature}") from error
+
+
+def check_devices(model: nn.Module) -> None:
+    """Raise where the weights lie on several devices, or some of them nowhere."""
+    places: dict[torch.device, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        places.setdefault(tensor.device, name)
+    if len(places) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in list(places.items())[:3])
+        if any(device.type == "meta" for device in places):
+            raise StaleProgramError(
+                f"some weights are on the meta device ({where}): they are offloaded. Load them all before compiling"
+            )
+        raise CallError(f"the model lies on several devices ({where}): move it to one with .to(device) first")
