@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .calling import Call, number_tensor
 from .parameters import Parameters
@@ -65,6 +66,17 @@ def same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
     return len(left) == len(right) and all(
         a.shape == b.shape and a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
         for a, b in zip(left, right, strict=True)
+    )
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter of executed FLOPs, taught the attention kernel of the CPU, which it leaves out."""
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     )
 
 
