@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .program import InputKind, StepProgram
@@ -112,6 +112,25 @@ def leaf_key(leaf: Any) -> Any:
 def rank_key(leaf: Any) -> Any:
     """`leaf_key` without sizes, for programs captured with symbolic ones."""
     return (leaf.dim(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf_key(leaf)
+
+
+def note_sizes(program: StepProgram, inputs: Sequence[torch.Tensor]) -> None:
+    """Run a program on real tensors and note, for `size_hint`, the sizes in it that depend on data."""
+
+    class Noting(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            result, example = super().run_node(node), node.meta.get("val")
+            expected = example.shape if isinstance(example, torch.Tensor) else (example,)
+            found = result.shape if isinstance(result, torch.Tensor) else (result,)
+            for size, number in zip(expected, found, strict=True):
+                if isinstance(size, torch.SymInt) and size.node.hint is None and size.node.expr.is_symbol:
+                    size.node.shape_env.var_to_hint_override[size.node.expr] = int(number)
+            return result
+
+    examples = (node.meta.get("val") for node in program.graph.nodes if node.op == "call_function")
+    sizes = (size for value in examples if isinstance(value, torch.Tensor) for size in value.shape)
+    if any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes):
+        Noting(program.module).run(*inputs)
 
 
 class ShapeRules:

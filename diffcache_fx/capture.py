@@ -24,7 +24,7 @@ from torch.export.graph_signature import InputKind as ExportKind
 from torch.export.graph_signature import OutputKind as ExportOutput
 from torch.utils import _pytree as pytree
 
-from .calling import Call, ShapeRules, is_number, number_tensor
+from .calling import Call, ShapeRules, is_number, note_sizes, number_tensor
 from .errors import CallError, CaptureError
 from .parameters import Parameters
 from .program import TENSOR, CallSignature, Input, InputKind, Output, OutputKind, StepProgram, output_node
@@ -172,7 +172,9 @@ class _Attempts:
         """Compare the program with the plain call: wrong numbers are worse than no program."""
         if self.reference is None:
             return
-        got = program.module(*program.bind(Parameters(self.module), list(inputs)))
+        given = program.bind(Parameters(self.module), list(inputs))
+        note_sizes(program, given)
+        got = program.module(*given)
         same = all(torch.equal(a, b) for a, b in zip(got, self.reference, strict=True))
         if same:
             return
