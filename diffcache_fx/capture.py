@@ -328,7 +328,9 @@ def _user_line(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and not frame.filename.endswith(("capture.py", "contextlib.py"))
+        if frame.line
+        and not any(part in frame.filename for part in ("/torch/", "/sympy/"))
+        and not frame.filename.endswith(("/diffcache_fx/capture.py", "/contextlib.py"))
     ]
     if not frames:
         return ""

@@ -49,7 +49,8 @@ class Specialize:
         for name in self.reused:
             if name not in names:
                 raise RegionError(f"no region is called {name!r}{nearest(name, names)}")
-        if any(entry.kind is InputKind.HISTORY for entry in program.inputs):
+        kinds = {entry.kind for entry in (*program.inputs, *program.outputs)}
+        if kinds & {InputKind.HISTORY, OutputKind.STATE}:
             raise RegionError("this program is specialised already: specialise the captured one")
         result = program.copy()
         graph = result.graph
