@@ -144,7 +144,7 @@ class Signatures:
             what = difference(signature.mark, mark)
             log.info("the model changed (%s): capturing it again", what)
             self.recaptures.append(what)
-            check_devices(self.module)
+            check_devices(self.module, weights_needed=True)
             self._known.clear()
             return self.find(call)
 
@@ -177,15 +177,15 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         raise CallError(f"{type(model).__name__} cannot be called like this: {error}. It takes {signature}") from error
 
 
-def check_devices(model: nn.Module) -> None:
-    """Raise where the weights lie on several devices, or some of them nowhere."""
+def check_devices(model: nn.Module, weights_needed: bool = False) -> None:
+    """Raise where the weights lie on several devices, or some of them (weights_needed: any) on the meta device."""
     places: dict[torch.device, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         places.setdefault(tensor.device, name)
+    where = ", ".join(f"{name} on {device}" for device, name in list(places.items())[:3])
+    if any(device.type == "meta" for device in places) and (len(places) > 1 or weights_needed):
+        raise StaleProgramError(
+            f"weights are on the meta device ({where}): they are offloaded. Load them all, on one device, first"
+        )
     if len(places) > 1:
-        where = ", ".join(f"{name} on {device}" for device, name in list(places.items())[:3])
-        if any(device.type == "meta" for device in places):
-            raise StaleProgramError(
-                f"some weights are on the meta device ({where}): they are offloaded. Load them all before compiling"
-            )
         raise CallError(f"the model lies on several devices ({where}): move it to one with .to(device) first")
