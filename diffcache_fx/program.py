@@ -80,6 +80,8 @@ class CutValue:
     node: name of the node that computes it in the full program.
     base: name of the node whose value is subtracted before storing, for cuts stored as residuals; else None.
     slots: how many past refreshes are kept (1 for values that cannot be forecast, such as masks).
+    order: the axes as they lie in memory, where the value is computed in another layout (channels last, say); it is
+    stored with its axes in that order, and `shape` is that of what is stored. None: as they are.
     """
 
     node: str
@@ -88,6 +90,7 @@ class CutValue:
     device: torch.device
     base: str | None = None
     slots: int = 1
+    order: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:

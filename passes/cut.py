@@ -114,17 +114,30 @@ class ComputeCut:
                     f"region {region.name!r} cannot be stored as a residual: no value shaped {tuple(example.shape)} "
                     f"enters it to compare {node.name} with; use storage='value'"
                 )
+            order = _memory_order(example)
             values.append(
                 CutValue(
                     node=node.name,
-                    shape=tuple(example.shape),
+                    shape=tuple(example.shape if order is None else example.permute(order).shape),
                     dtype=example.dtype,
                     device=example.device,
                     base=base.name if base is not None else None,
                     slots=rule.slots if floating else 1,
+                    order=order,
                 )
             )
         return Region(region.name, frozenset(n.name for n in members), tuple(values), region.rule, region.blocks)
+
+
+def _memory_order(example: torch.Tensor) -> tuple[int, ...] | None:
+    """The permutation that makes a dense transposed value contiguous; None if it is contiguous already, or not dense.
+
+    Kernels differ in rounding between layouts: what is reused must lie as what was computed did.
+    """
+    if not all(isinstance(size, int) for size in (*example.shape, *example.stride())) or example.is_contiguous():
+        return None
+    order = tuple(sorted(range(example.dim()), key=lambda axis: -example.stride(axis)))
+    return order if example.permute(order).is_contiguous() else None
 
 
 def _bytes(node: fx.Node) -> int:

@@ -61,7 +61,7 @@ def history_target(region: str, value: int, slot: int) -> str:
 def weighted_sum(graph: fx.Graph, slots: list[fx.Node], row: list[fx.Node], cut: CutValue) -> fx.Node:
     """sum_j row[j] * slots[j], in float32 for narrower types (a sum of large terms of opposite sign loses digits)."""
     if not row:
-        return slots[0]
+        return from_stored(graph, slots[0], cut)
     wide = cut.dtype in (torch.float16, torch.bfloat16)
     total: fx.Node | None = None
     for slot, weight in zip(slots, row, strict=True):
@@ -69,7 +69,20 @@ def weighted_sum(graph: fx.Graph, slots: list[fx.Node], row: list[fx.Node], cut:
         term = call(graph, aten.mul.Tensor, value, weight)
         total = term if total is None else call(graph, aten.add.Tensor, total, term)
     assert total is not None
-    return call(graph, aten._to_copy.default, total, dtype=cut.dtype) if wide else total
+    total = call(graph, aten._to_copy.default, total, dtype=cut.dtype) if wide else total
+    return from_stored(graph, total, cut)
+
+
+def to_stored(graph: fx.Graph, node: fx.Node, cut: CutValue) -> fx.Node:
+    """A value as the graph computes it, with its axes in the order they are stored in."""
+    return node if cut.order is None else call(graph, aten.permute.default, node, list(cut.order))
+
+
+def from_stored(graph: fx.Graph, node: fx.Node, cut: CutValue) -> fx.Node:
+    """The opposite of `to_stored`."""
+    if cut.order is None:
+        return node
+    return call(graph, aten.permute.default, node, [cut.order.index(axis) for axis in range(len(cut.order))])
 
 
 def row_of(graph: fx.Graph, rows: fx.Node | None, index: int, slots: int) -> list[fx.Node]:

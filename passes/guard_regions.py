@@ -18,11 +18,13 @@ from .emit import (
     call,
     clone_after,
     drop_unused_inputs,
+    from_stored,
     history_target,
     placeholder,
     row_of,
     safe,
     set_outputs,
+    to_stored,
     weighted_sum,
 )
 from .purity import eliminate_dead
@@ -127,7 +129,7 @@ class _Guarded:
         operands = [*entering, *slots, *([self.rows] if self.rows is not None else [])]
         arms = [branch(operands, self._refresh(inside)), branch(operands, self._reuse())]
         items = iter(choose(root, predicate, arms[0], arms[1], operands, f"_{self.number}"))
-        flows = [next(items) for _ in self.region.cut]
+        flows = [from_stored(root.graph, next(items), value) for value in self.region.cut]
         return flows, [[next(items) for _ in per_value] for per_value in self.histories]
 
     def _base(self, name: str | None, memo: dict[fx.Node, fx.Node]) -> fx.Node | None:
@@ -142,9 +144,9 @@ class _Guarded:
             flow, kept = [], []
             for value, slots in zip(self.region.cut, self.histories, strict=True):
                 fresh, base = named[value.node], self._base(value.base, memo)
-                flow.append(fresh)
+                flow.append(to_stored(graph, fresh, value))
                 stored = fresh if base is None else call(graph, aten.sub.Tensor, fresh, base)
-                kept += next_history(stored, [memo[slot] for slot in slots])
+                kept += next_history(to_stored(graph, stored, value), [memo[slot] for slot in slots])
             return flow, kept
 
         return write
@@ -157,7 +159,8 @@ class _Guarded:
                 row = row_of(graph, operands[self.rows] if self.rows is not None else None, self.number, value.slots)
                 filled = weighted_sum(graph, held, row, value)
                 base = self._base(value.base, operands)
-                flow.append(filled if base is None else call(graph, aten.add.Tensor, base, filled))
+                filled = filled if base is None else call(graph, aten.add.Tensor, base, filled)
+                flow.append(to_stored(graph, filled, value))
                 kept += held
             return flow, kept
 

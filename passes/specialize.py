@@ -20,6 +20,7 @@ from .emit import (
     row_of,
     safe,
     set_outputs,
+    to_stored,
     weighted_sum,
 )
 from .purity import eliminate_dead
@@ -110,7 +111,7 @@ class Specialize:
                     node = nodes[value.node]
                     if value.base is not None:
                         node = call(graph, aten.sub.Tensor, node, nodes[value.base], like=node)
-                    states.append(node)
+                    states.append(to_stored(graph, node, value))
                     outputs.append(Output(OutputKind.STATE, f"{region.name}/{index}"))
         users, states = detach_outputs(graph, users, states, held)
         set_outputs(graph, [*users, *states])
