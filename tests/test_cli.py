@@ -35,7 +35,8 @@ def fixed():
     return Net().eval(), (torch.zeros(1, 4, 16), torch.zeros(1)), {}
 
 def varying():
-    return Net().eval(), lambda step: ((torch.linspace(0, 1, 64).view(1, 4, 16) ** (1 + step),), {"t": torch.tensor([900.0 - step])})
+    x = torch.linspace(0, 1, 64).view(1, 4, 16)
+    return Net().eval(), lambda step: ((x ** (1 + step),), {"t": torch.tensor([900.0 - step])})
 
 def wrong():
     return Net()
