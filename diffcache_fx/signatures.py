@@ -114,11 +114,13 @@ class Signatures:
 
     def find(self, call: FlatCall) -> Signature:
         """The signature that serves a call, captured now if none does."""
-        for signature in self._known.get(call.key, ()):
-            if signature.serves(call):
-                return signature
+        found = self._serving(call)
+        if found is not None:
+            return found
         with self._lock:
-            found = None
+            found = self._serving(call)  # another thread may have captured it meanwhile
+            if found is not None:
+                return found
             if self.options.dynamic:
                 every = [signature for known in self._known.values() for signature in known]
                 found = next((signature for signature in every if signature.serves_sizes(call)), None)
@@ -127,11 +129,16 @@ class Signatures:
                 mark = fingerprint(self.module)
                 captured = Captured(self.module, self.schedule, self.options, call.args, call.kwargs)
                 found = Signature(captured, call, mark)
-            self._known.setdefault(call.key, []).append(found)
+            alike = self._known.setdefault(call.key, [])
+            alike.append(found)
+            del alike[:-KEPT]
             self._known.move_to_end(call.key)
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
             return found
+
+    def _serving(self, call: FlatCall) -> Signature | None:
+        return next((signature for signature in self._known.get(call.key, ()) if signature.serves(call)), None)
 
     def current(self, signature: Signature, call: FlatCall) -> Signature:
         """The signature itself if the model is still what was captured, else that of a new capture."""
@@ -141,6 +148,9 @@ class Signatures:
                 self._known.move_to_end(call.key)
             return signature
         with self._lock:
+            newer = self._serving(call)
+            if newer is not None and newer.mark == mark:
+                return newer
             what = difference(signature.mark, mark)
             log.info("the model changed (%s): capturing it again", what)
             self.recaptures.append(what)

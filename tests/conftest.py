@@ -53,6 +53,7 @@ class Sample:
     rules: ShapeRules
     program: StepProgram
     reference: list[torch.Tensor] = field(default_factory=list)
+    selected: dict[Any, StepProgram] = field(default_factory=dict)
 
     def users(self, seed: int = 0) -> list[torch.Tensor]:
         """The caller's tensors of another call of the same kind, flat."""
@@ -60,7 +61,12 @@ class Sample:
         return flat_users(self.module, args, kwargs, self.program)
 
     def with_regions(self, selection: Selection, storage: str = "value", slots: int = 1) -> StepProgram:
-        return with_regions(self.program, selection, storage=storage, slots=slots)
+        """The program with regions and cuts; made once for each combination."""
+        key = (selection, storage, slots)
+        if key not in self.selected:
+            passes = (SelectRegions((selection,)), ComputeCut((RuleStorage(storage, slots),)))
+            self.selected[key] = run_passes(self.program, passes)
+        return self.selected[key]
 
 
 def with_regions(program: StepProgram, *selections: Selection, storage: str = "value", slots: int = 1) -> StepProgram:
@@ -155,7 +161,7 @@ def run(
         else:
             given.append(parameters(entry.target))
     with torch.no_grad():
-        values = (call or program.module)(*given)
+        values = (program.module if call is None else call)(*given)
     pairs = list(zip(program.outputs, values, strict=True))
     return Result(
         [value for output, value in pairs if output.kind is OutputKind.USER],

@@ -63,29 +63,54 @@ def all_of(program: StepProgram) -> frozenset[str]:
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_identity_and_consistency_by_value(name: str, kind: str) -> None:
+def test_refresh_and_reuse_by_value(name: str, kind: str) -> None:
+    """Identity, consistency, deadness, and that no output shares memory with the cache."""
     model, program = regions_of(name, kind)
     users = model.users()
     refresh = checked(Specialize(frozenset())(program))
-    full = run(refresh, model.module, users)
+    with flop_counter() as counter:
+        full = run(refresh, model.module, users)
     assert equal(full.outputs, model.reference)
+    assert counter.get_total_flops() == pytest.approx(program_flops(refresh), rel=0.01)
+    given = storages([*users, *model.module.parameters(), *model.module.buffers(), *program.constants.values()])
+    memory = storages(full.state.values())
+    assert len(memory) == len(full.state)
+    assert not memory & (storages(full.outputs) | given)
 
     state = history(program, full.state)
     names = all_of(program)
+    reuse = checked(Specialize(names)(program))
+    with flop_counter() as counter:
+        again = run(reuse, model.module, users, state)
+    assert equal(again.outputs, model.reference)
+    assert not again.state
+    assert not storages(again.outputs) & memory
+    assert_dead(program, refresh, reuse)
+    assert counter.get_total_flops() == pytest.approx(program_flops(reuse), rel=0.01)
+
     half = frozenset(sorted(names)[::2])
-    for reused in {names, half}:
-        again = run(checked(Specialize(reused)(program)), model.module, users, state)
-        assert equal(again.outputs, model.reference)
-        assert set(again.state) == {key for key in full.state if key.rpartition("/")[0] not in reused}
-        assert all(torch.equal(value, full.state[key]) for key, value in again.state.items())
+    if half != names:
+        part = run(checked(Specialize(half)(program)), model.module, users, state)
+        assert equal(part.outputs, model.reference)
+        assert set(part.state) == {key for key in full.state if key.rpartition("/")[0] not in half}
+        assert all(torch.equal(value, full.state[key]) for key, value in part.state.items())
 
     # the test can fail: state of another step gives another output
     other = run(refresh, model.module, model.users(1))
-    stale = run(Specialize(names)(program), model.module, users, history(program, other.state))
+    stale = run(reuse, model.module, users, history(program, other.state))
     assert not equal(stale.outputs, model.reference)
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in CASES if kind in ("trunk", "blocks")])
+def assert_dead(program: StepProgram, refresh: StepProgram, reuse: StepProgram) -> None:
+    """A reuse program holds nothing of the reused regions, and nothing that only fed them."""
+    inside = {node for region in program.regions for node in region.nodes}
+    assert not inside & {node.name for node in reuse.graph.nodes}
+    assert weights(reuse) == weights_needed(program)
+    assert weights(reuse) < weights(refresh)
+    assert program_flops(reuse) < program_flops(refresh)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in CASES if kind == "trunk"])
 def test_consistency_by_residual_and_two_slots(name: str, kind: str) -> None:
     model, program = regions_of(name, kind, storage="auto", slots=2)
     users = model.users()
@@ -100,27 +125,6 @@ def test_consistency_by_residual_and_two_slots(name: str, kind: str) -> None:
     other = run(refresh, model.module, model.users(1))
     stale = run(reuse, model.module, users, history(program, other.state), rows)
     assert worst(stale.outputs, model.reference) > 1e-3
-
-
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_deadness(name: str, kind: str) -> None:
-    model, program = regions_of(name, kind)
-    users = model.users()
-    refresh = Specialize(frozenset())(program)
-    reuse = Specialize(all_of(program))(program)
-    inside = {node for region in program.regions for node in region.nodes}
-    assert not inside & {node.name for node in reuse.graph.nodes}
-    assert weights(reuse) == weights_needed(program)
-    assert weights(reuse) < weights(refresh)
-
-    full, cut = program_flops(refresh), program_flops(reuse)
-    assert cut < full
-    with flop_counter() as counter:
-        fresh = run(refresh, model.module, users)
-    assert counter.get_total_flops() == pytest.approx(full, rel=0.01)
-    with flop_counter() as counter:
-        run(reuse, model.module, users, history(program, fresh.state))
-    assert counter.get_total_flops() == pytest.approx(cut, rel=0.01)
 
 
 def flop_counter() -> FlopCounterMode:
@@ -156,7 +160,7 @@ def weights_needed(program: StepProgram) -> set[str]:
     return {inputs[node.name].target for node in seen if node.name in inputs}
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in CASES if kind in ("trunk", "sublayers")])
 def test_branches_agree_with_the_specialised_programs(name: str, kind: str) -> None:
     model, program = regions_of(name, kind, storage="auto", slots=2)
     users, rows = model.users(), hold_rows(program)
@@ -218,20 +222,6 @@ def test_branches_of_each_region_on_its_own(name: str, kind: str) -> None:
 
 
 # --- isolation ---
-
-
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_no_output_shares_memory_with_the_cache(name: str, kind: str) -> None:
-    model, program = regions_of(name, kind)
-    users = model.users()
-    full = run(Specialize(frozenset())(program), model.module, users)
-    given = storages([*users, *model.module.parameters(), *model.module.buffers(), *program.constants.values()])
-    state = storages(full.state.values())
-    assert len(state) == len(full.state)
-    assert not state & (storages(full.outputs) | given)
-    held = history(program, full.state)
-    again = run(Specialize(all_of(program))(program), model.module, users, held)
-    assert not storages(again.outputs) & state
 
 
 def cached(name: str, schedule: Any, **options: Any) -> Any:
@@ -337,6 +327,7 @@ def test_two_threads_share_nothing() -> None:
     start = threading.Barrier(len(runs))
 
     def work(index: int) -> None:
+        torch.set_num_threads(1)  # counts for the thread that calls it, and sums differ with the number
         start.wait()
         try:
             got[index] = generate(denoiser, runs[index])
