@@ -73,7 +73,8 @@ def capture(
     shape or a branch, which stay constants. dynamic: keep sizes symbolic where the model allows it.
 
     Returns the program and the rules that tell which other shapes it serves.
-    Raises CaptureError where no way of tracing works, CallError where the example call itself fails.
+    Raises CaptureError where no way of tracing works, CallError for a module in training mode and for a call without
+    tensors; what the model itself raises on the example call passes through.
     """
     call = Call.of(module, args, kwargs or {})
     if module.training:
