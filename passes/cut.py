@@ -136,7 +136,8 @@ def _memory_order(example: torch.Tensor) -> tuple[int, ...] | None:
     """
     if not all(isinstance(size, int) for size in (*example.shape, *example.stride())) or example.is_contiguous():
         return None
-    order = tuple(sorted(range(example.dim()), key=lambda axis: -example.stride(axis)))
+    strides = example.stride()
+    order = tuple(sorted(range(example.dim()), key=lambda axis: -strides[axis]))
     return order if example.permute(order).is_contiguous() else None
 
 

@@ -50,8 +50,8 @@ class Specialize:
         for name in self.reused:
             if name not in names:
                 raise RegionError(f"no region is called {name!r}{nearest(name, names)}")
-        kinds = {entry.kind for entry in (*program.inputs, *program.outputs)}
-        if kinds & {InputKind.HISTORY, OutputKind.STATE}:
+        takes, gives = {entry.kind for entry in program.inputs}, {entry.kind for entry in program.outputs}
+        if InputKind.HISTORY in takes or OutputKind.STATE in gives:
             raise RegionError("this program is specialised already: specialise the captured one")
         result = program.copy()
         graph = result.graph

@@ -245,7 +245,7 @@ def flux() -> Iterator[tuple[nn.Module, Any, Any]]:
     pytest.importorskip("peft")
     entry = corpus()["FluxTransformer2DModel"]
     model = entry.build()
-    yield model, compile_with_cache(model, schedules.interval(2), backend="eager"), entry.inputs
+    return model, compile_with_cache(model, schedules.interval(2), backend="eager"), entry.inputs
 
 
 def _run(denoiser: Any, inputs: Any) -> list[Tensor]:
