@@ -19,8 +19,9 @@ COND = torch.ops.higher_order.cond
 Body = Callable[[fx.Graph, dict[fx.Node, fx.Node]], tuple[list[fx.Node], list[fx.Node]]]
 
 
-def branch(operands: Sequence[fx.Node], body: Body) -> fx.GraphModule:
-    """A branch graph over `operands`. What it returns is fresh: no operand, and no memory returned twice."""
+def branch(operands: Sequence[fx.Node], body: Body, source: fx.GraphModule) -> fx.GraphModule:
+    """A branch graph over `operands`. What it returns is fresh: no operand, and no memory returned twice. source: holds
+    the graphs that copied nodes call (an attention's score function, say)."""
     graph = fx.Graph()
     memo: dict[fx.Node, fx.Node] = {}
     for operand in operands:
@@ -34,8 +35,9 @@ def branch(operands: Sequence[fx.Node], body: Body) -> fx.GraphModule:
     kept = own(graph, [*dict.fromkeys(flow), *history])[len(dict.fromkeys(flow)) :]
     set_outputs(graph, [*flow, *kept])
     eliminate_dead(graph)
+    module = fx.GraphModule(source, graph)
     graph.lint()
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return module
 
 
 def choose(

@@ -45,7 +45,7 @@ def guard_regions(program: StepProgram, predicate_of: dict[str, str]) -> StepPro
                 f"region {region.name!r} cannot be decided inside the graph on its own: a path leaves it and comes "
                 "back. Split it into connected parts, let all regions share one decision, or use decide='host'"
             )
-    root = fx.GraphModule(torch.nn.Module(), program.copy().graph)
+    root = fx.GraphModule(program.module, program.copy().graph)
     graph = root.graph
     nodes = {node.name: node for node in graph.nodes}
     inputs = list(program.inputs)
@@ -124,10 +124,11 @@ class _Guarded:
         inside = [node for node in root.graph.nodes if node.name in self.region.nodes]
         within = set(inside)
         bases = [self.nodes[value.base] for value in self.region.cut if value.base is not None]
-        entering = dict.fromkeys([*(s for n in inside for s in n.all_input_nodes if s not in within), *bases])
+        outside = (s for n in inside for s in n.all_input_nodes if s not in within and s.op != "get_attr")
+        entering = dict.fromkeys([*outside, *bases])
         slots = [slot for per_value in self.histories for slot in per_value]
         operands = [*entering, *slots, *([self.rows] if self.rows is not None else [])]
-        arms = [branch(operands, self._refresh(inside)), branch(operands, self._reuse())]
+        arms = [branch(operands, body, root) for body in (self._refresh(inside), self._reuse())]
         items = iter(choose(root, predicate, arms[0], arms[1], operands, f"_{self.number}"))
         flows = [from_stored(root.graph, next(items), value) for value in self.region.cut]
         return flows, [[next(items) for _ in per_value] for per_value in self.histories]
@@ -139,6 +140,9 @@ class _Guarded:
         def write(graph: fx.Graph, operands: dict[fx.Node, fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
             memo = dict(operands)
             for node in inside:
+                for source in node.all_input_nodes:
+                    if source.op == "get_attr" and source not in memo:
+                        memo[source] = graph.get_attr(str(source.target))
                 memo[node] = graph.node_copy(node, memo.__getitem__)
             named = {node.name: memo[node] for node in inside}
             flow, kept = [], []

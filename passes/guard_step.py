@@ -30,7 +30,10 @@ def guard_step(program: StepProgram) -> StepProgram:
     graph.output(())
     predicate = placeholder(graph, "refresh", (), torch.bool, torch.device("cpu"))
     operands = list(places.values())
-    arms = [branch(operands, _body(source, program, places, source is refresh)) for source in (refresh, reuse)]
+    arms = [
+        branch(operands, _body(source, program, places, source is refresh), source.module)
+        for source in (refresh, reuse)
+    ]
     with graph.inserting_before(output_node(graph)):
         items = choose(root, predicate, arms[0], arms[1], operands)
     set_outputs(graph, items)
@@ -58,7 +61,7 @@ def _body(source: StepProgram, program: StepProgram, places: dict[Slot, fx.Node]
     def write(graph: fx.Graph, operands: dict[fx.Node, fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         memo = {node: operands[places[slot]] for slot, node in _by_slot(source).items()}
         for node in source.graph.nodes:
-            if node.op == "call_function":
+            if node.op in ("call_function", "get_attr"):
                 memo[node] = graph.node_copy(node, memo.__getitem__)
         results = [memo[value] for value in returned(source.graph)]
         users = sum(output.kind is OutputKind.USER for output in source.outputs)

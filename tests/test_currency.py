@@ -241,7 +241,7 @@ def test_weights_are_shared_and_keys_are_the_models() -> None:
 
 
 @pytest.fixture(scope="module")
-def flux() -> Iterator[tuple[nn.Module, Any, Any]]:
+def flux() -> tuple[nn.Module, Any, Any]:
     pytest.importorskip("peft")
     entry = corpus()["FluxTransformer2DModel"]
     model = entry.build()
