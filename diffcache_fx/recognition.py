@@ -176,6 +176,8 @@ class Recognizer:
         if hints is not None and hints.step_index is not None:
             fresh = fresh or hints.step_index == 0 or (hints.step_index < context.step and not refining)
             step = hints.step_index
+            if not fresh and step > context.step + 1:
+                doubt = doubt or "steps were left out"
         elif steps is not None and step >= steps:
             fresh = True
         elif not fresh and t is not None and not refining:

@@ -464,3 +464,13 @@ def test_device_reads(num_steps: int | None, hint: dict[str, Any] | None, reads:
     place = recognizer.locate(Arguments(latents(0), moment, (PROMPT,)), ("key",), hints)  # type: ignore[arg-type]
     assert place.new_generation
     assert moment.reads == recognizer.syncs == reads
+
+
+def test_a_gap_in_the_step_index_is_computed() -> None:
+    """Guidance in some steps only: what a branch kept from long ago is not what the plan meant to reuse."""
+    cached = denoiser(2)
+    for step in (0, 1, 7):
+        with torch.no_grad(), cached.cache_context("uncond", step_index=step):
+            cached(latents(step), torch.full((2,), 900.0 - 100 * step))
+    assert [bool(decision.reused) for decision in cached.stats().decisions] == [False, True, False]
+    assert cached.stats().decisions[-1].reason == "steps were left out"
