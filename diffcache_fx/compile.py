@@ -16,7 +16,6 @@ from torch import nn
 
 from .calling import ShapeRules
 from .capture import capture
-from .driver import StepSet
 from .errors import CacheError, RegionError
 from .export import eager, torch_compile
 from .export.lowered import Lowered
@@ -33,6 +32,7 @@ from .plan import Plan, ProgramChoice, Reused, choose_programs
 from .program import StepProgram
 from .schedule import CacheSchedule
 from .schedules import resolve
+from .step_set import StepSet
 
 log = logging.getLogger(__name__)
 Decide = Literal["host", "graph"]

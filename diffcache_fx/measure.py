@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .denoiser import CachedDenoiser
-from .driver import StepSet
 from .passes.flops import program_flops
 from .passes.specialize import Specialize
 from .plan import Reused
+from .step_set import StepSet
 
 Samples = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -15,13 +15,13 @@ from torch import nn
 
 from .calling import autocast_state, is_number, leaf_key, number_tensor, quick_flatten, rank_key
 from .compile import Captured, Options
-from .driver import StepSet
 from .errors import CallError, StaleProgramError
 from .parameters import difference, fingerprint
 from .passes.reach import latent_input, timestep_input
 from .program import InputKind
 from .recognition import Arguments
 from .schedule import CacheSchedule
+from .step_set import StepSet
 
 log = logging.getLogger(__name__)
 # Least recently used signatures beyond this many are dropped, with their compiled programs.
