@@ -9,6 +9,7 @@ them from traced values) and for one call of the program after it, whose outputs
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 import traceback
@@ -27,6 +28,7 @@ from .errors import CallError, CaptureError
 from .exported import FlatModel, ModelOutput, to_program
 from .parameters import Parameters
 from .program import StepProgram
+from .values import layout_inputs
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class _Attempts:
         examples = [call.leaves[i] for i in tensors]
         self.real = not any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in examples)
         self.reference: list[torch.Tensor] | None = self._plain_call() if self.real else None
+        self.known: tuple[int, ...] = ()  # tensors whose values are baked in
 
     def _plain_call(self) -> list[torch.Tensor]:
         args, kwargs = pytree.tree_unflatten(self.call.leaves, self.call.spec)
@@ -89,7 +92,21 @@ class _Attempts:
                 found = self._try(name, way, ())
             if found is not None:
                 return found
+        if self.real and self._bake():
+            found = self._try("export with known values", _non_strict, ())
+            if found is not None:
+                return found
         raise CaptureError(self._explain()) from self.failures[0][1]
+
+    def _bake(self) -> bool:
+        """Make constants of the inputs that may decide shapes and branches; False if there are none."""
+        leaves = list(self.call.leaves)
+        self.known = layout_inputs(leaves, self.call.names)
+        for index in self.known:
+            leaves[index] = leaves[index].clone()  # the caller may write to his own
+        self.call = dataclasses.replace(self.call, leaves=tuple(leaves))
+        self.tensors = tuple(index for index in self.tensors if index not in self.known)
+        return bool(self.known and self.tensors)
 
     def _may_vary(self, index: int) -> bool:
         """Whether the model runs on a tensor whose value is unknown in place of this number: it reaches no shape and no
@@ -118,7 +135,7 @@ class _Attempts:
     ) -> tuple[StepProgram, ShapeRules] | None:
         variable = tuple(sorted((*self.tensors, *numbers)))
         output = ModelOutput()
-        flat = FlatModel(self.module, self.call, variable, output)
+        flat = FlatModel(self.module, self.call, variable, output, self.known)
         inputs = tuple(
             leaf.contiguous() if isinstance(leaf, torch.Tensor) else number_tensor(leaf)
             for leaf in (self.call.leaves[i] for i in variable)

@@ -71,7 +71,7 @@ class CachedDenoiser(nn.Module):
         signatures, driver = self._signatures, self._driver
         signature = signatures.find(call)
         hints = self._own["local"].__dict__.get("hints")
-        place = driver.locate(signature.arguments(call), call.key, hints[-1] if hints else None)
+        place = driver.locate(signature.arguments(call), signature.place_key(call), hints[-1] if hints else None)
         if place.new_generation or driver.bound is None:
             signature = signatures.current(signature, call)
         steps = signatures.steps(signature, place.context.num_steps or driver.recognizer.num_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .calling import Call
 from .errors import CaptureError
 from .program import TENSOR, CallSignature, Input, InputKind, Output, OutputKind, StepProgram, output_node
+from .values import KnownValues
 
 _MODEL = "model"
 
@@ -28,12 +30,16 @@ class ModelOutput:
 class FlatModel(nn.Module):
     """The model behind a flat calling convention: tensors in, tensors out, everything else remembered."""
 
-    def __init__(self, model: nn.Module, call: Call, variable: tuple[int, ...], output: ModelOutput) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call, variable: tuple[int, ...], output: ModelOutput, known: tuple[int, ...] = ()
+    ) -> None:
+        """variable: the leaves that are inputs. known: tensor leaves whose values are baked in."""
         super().__init__()
         self.model = model
         self._call = call
         self._variable = variable
         self._output = output
+        self._known = known
         self.training = model.training  # not .train(): that would reach into the user's submodules
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -41,7 +47,9 @@ class FlatModel(nn.Module):
         for index, tensor in zip(self._variable, tensors, strict=True):
             leaves[index] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._call.spec)
-        leaves, self._output.spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        with KnownValues(self._call.leaves[i] for i in self._known) if self._known else nullcontext():
+            result = self.model(*args, **kwargs)
+        leaves, self._output.spec = pytree.tree_flatten(result)
         self._output.leaves = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         tensors_out = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         self._output.tensors = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)

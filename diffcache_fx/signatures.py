@@ -70,10 +70,18 @@ class Signature:
         self.conditioning = tuple(i for i in range(len(program.signature.leaves)) if i not in apart)
         # Numbers that reach a shape or a branch are part of the program: their values must agree.
         self.constants = {i: leaf for i, leaf in enumerate(program.signature.leaves) if is_number(leaf)}
+        # So are the values of tensors that decide shapes or branches.
+        self.values = {i: leaf for i, leaf in enumerate(program.signature.leaves) if isinstance(leaf, torch.Tensor)}
 
     def serves(self, call: FlatCall) -> bool:
         """Whether a call with this signature's key also has its constants."""
-        return all(call.leaves[i] == value for i, value in self.constants.items())
+        return all(call.leaves[i] == value for i, value in self.constants.items()) and all(
+            torch.equal(call.leaves[i], value) for i, value in self.values.items()
+        )
+
+    def place_key(self, call: FlatCall) -> tuple[Any, ...]:
+        """What must stay the same within a generation: the call's key, and values that belong to the program."""
+        return (*call.key, id(self)) if self.values else call.key
 
     def serves_sizes(self, call: FlatCall) -> bool:
         """Whether a call of other sizes fits what was captured with symbolic ones."""

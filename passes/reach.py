@@ -126,7 +126,7 @@ def latent_input(program: StepProgram) -> fx.Node | None:
     return (named or candidates)[0]
 
 
-_TIME_NAMES = ("timestep", "timesteps", "t", "time", "times", "sigma", "sigmas", "noise_level", "timestep_proj")
+TIME_NAMES = ("timestep", "timesteps", "t", "time", "times", "sigma", "sigmas", "noise_level", "timestep_proj")
 
 
 def timestep_input(program: StepProgram) -> fx.Node | None:
@@ -136,7 +136,7 @@ def timestep_input(program: StepProgram) -> fx.Node | None:
     latent = latent_input(program)
     users = [nodes[position] for position, _ in program.inputs_of(InputKind.USER) if nodes[position] is not latent]
     for node in users:
-        if node.name in _TIME_NAMES:
+        if node.name in TIME_NAMES:
             return node
     waves = {"aten::sin", "aten::cos"}
     for node in users:
