@@ -251,12 +251,14 @@ def main() -> None:
     figures = [figure for part in PARTS if part in options.only for figure in measured[part]()]
     Console(width=None if sys.stdout.isatty() else 130).print(table(figures))
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(options.out.read_text())["figures"] if options.out.exists() else []
+    kept = [figure for figure in before if figure["part"] not in options.only]  # measured by an earlier run
     record = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "rounds": options.rounds,
-        "figures": [asdict(figure) for figure in figures],
+        "figures": [*kept, *(asdict(figure) for figure in figures)],
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(any(figure.well is False for figure in figures))

@@ -107,6 +107,9 @@ class Captured:
         self.program = run_passes(captured, front_end(schedule))
         if not self.program.regions:
             raise RegionError("the schedule selects nothing that depends on the inputs of a step")
+        if options.num_steps is not None or not schedule.needs_num_steps():
+            # A plan that does not fit is refused before anything compiles.
+            Plan(schedule, self.program.regions, options.num_steps)
         self._flops = StepFlops(self.program)
         self.full_flops = self.flops(frozenset())
         names = [region.name for region in self.program.regions]

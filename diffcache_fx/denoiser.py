@@ -56,7 +56,14 @@ class CachedDenoiser(nn.Module):
             },
         )
         if example_inputs is not None:
-            self._signatures.find(FlatCall(*example_inputs))
+            if not (
+                isinstance(example_inputs, (tuple, list))
+                and len(example_inputs) == 2
+                and isinstance(example_inputs[0], (tuple, list))
+                and isinstance(example_inputs[1], Mapping)
+            ):
+                raise CallError("example_inputs must be (args, kwargs) of one call, for example ((x, t), {})")
+            self._signatures.find(FlatCall(tuple(example_inputs[0]), example_inputs[1]))
 
     # --- calling ---------------------------------------------------------------------------------------------------
 

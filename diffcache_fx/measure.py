@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .denoiser import CachedDenoiser
+from .export.torch_compile import find_backend
 from .passes.flops import program_flops
 from .passes.specialize import Specialize
 from .plan import Reused
@@ -259,4 +260,7 @@ def recorded_programs(
 
 def compiled_baseline(module: nn.Module, backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """What a cached denoiser is compared with: the module under torch.compile with this backend (eager: as is)."""
-    return module if backend == "eager" else torch.compile(module, backend=backend)
+    if backend == "eager":
+        return module
+    find_backend(backend)
+    return torch.compile(module, backend=backend)

@@ -99,5 +99,9 @@ def difference(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
         if old != new:
             if isinstance(old[0], str) and len(old) == 2 and isinstance(new[0], str) and old[0] == new[0]:
                 return f"{module}.{old[0]}: {old[1]!r} became {new[1]!r}".lstrip(".")
-            return f"the modules at or after {module!r}"
+            return (
+                f"the modules at or after {module!r}"
+                if module
+                else "the model itself (training mode, hooks, attributes)"
+            )
     return "the number of modules or parameters" if len(before) != len(after) else ""

@@ -85,6 +85,8 @@ class Sublayers:
     last: Count = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.kinds, str):
+            object.__setattr__(self, "kinds", (self.kinds,))
         known = ("attention", "cross_attention", "mlp")
         unknown = [kind for kind in self.kinds if kind not in known]
         if unknown or not self.kinds:
@@ -95,7 +97,7 @@ class Sublayers:
 
 @dataclass(frozen=True)
 class Modules:
-    """Every submodule whose path matches one of the glob patterns, each a region of its own.
+    """Every submodule whose path matches one of the glob patterns (or the one given), each a region of its own.
 
     `*` matches any characters, dots included: `*.attn1` is every attn1 of the model. Of nested matches the outermost
     counts.
@@ -105,6 +107,8 @@ class Modules:
     patterns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.patterns, str):  # one pattern: a string is no list of letters
+            object.__setattr__(self, "patterns", (self.patterns,))
         if not self.patterns or not all(isinstance(p, str) and p for p in self.patterns):
             raise ScheduleError(f"patterns must be module path globs such as '*.attn1', not {self.patterns!r}")
 
@@ -121,7 +125,10 @@ class Listed:
     fill: bool = True
 
     def __post_init__(self) -> None:
-        if not self.groups or not all(self.groups):
+        if not isinstance(self.groups, str):
+            groups = tuple((group,) if isinstance(group, str) else tuple(group) for group in self.groups)
+            object.__setattr__(self, "groups", groups)
+        if isinstance(self.groups, str) or not self.groups or not all(self.groups):
             raise ScheduleError("groups must list at least one region of at least one module path")
 
 

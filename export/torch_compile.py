@@ -72,16 +72,17 @@ def _inductor(module: fx.GraphModule, examples: list[Any], options: dict[str, An
 
 
 def _other(module: fx.GraphModule, examples: list[Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    from torch._dynamo import lookup_backend
+    return find_backend(backend)(module, examples)
 
-    if isinstance(backend, str):
-        try:
-            compiler = lookup_backend(backend)
-        except Exception as error:
-            import torch._dynamo as dynamo
 
-            names = ", ".join(["eager", *dynamo.list_backends(None)])
-            raise CacheError(f"no backend is called {backend!r}; here are: {names}") from error
-    else:
-        compiler = backend
-    return compiler(module, examples)
+def find_backend(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The compiler behind a torch.compile backend's name; raises CacheError where there is none."""
+    if not isinstance(backend, str):
+        return backend
+    import torch._dynamo as dynamo
+
+    try:
+        return dynamo.lookup_backend(backend)
+    except Exception as error:
+        names = ", ".join(sorted({"eager", *dynamo.list_backends()}))
+        raise CacheError(f"no backend is called {backend!r}; here are: {names}") from error

@@ -448,3 +448,18 @@ def test_setting_what_belongs_to_the_model() -> None:
         with pytest.raises(CallError, match=r"cached\.model"):
             setattr(cached, name, value)
     works(cached, latents(0), time(1.0), OTHER)
+
+
+def test_example_inputs_of_the_wrong_form() -> None:
+    with pytest.raises(CallError, match=r"\(args, kwargs\)"):
+        compile_with_cache(MODEL, schedules.interval(2), backend="eager", example_inputs=CALL)  # type: ignore[arg-type]
+
+
+def test_one_pattern_may_be_a_string() -> None:
+    assert Modules("blocks.*") == Modules(("blocks.*",))  # type: ignore[arg-type]
+    assert Listed(("blocks.0", "blocks.1")) == Listed((("blocks.0",), ("blocks.1",)))  # type: ignore[arg-type]
+
+
+def test_a_mask_that_does_not_fit_is_refused_before_compiling() -> None:
+    with pytest.raises(ScheduleError, match="3 steps"):
+        compile_with_cache(MODEL, schedules.mask([1, 0, 1]), backend="eager", num_steps=5, example_inputs=(CALL, {}))

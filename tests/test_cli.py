@@ -17,6 +17,8 @@ from diffcache_fx.arguments import parse_schedule
 from diffcache_fx.cli import app
 from diffcache_fx.models import load_target
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FACTORY = """
 import torch
 from torch import nn
