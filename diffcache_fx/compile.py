@@ -1,6 +1,7 @@
 """The compiler, as one readable page: from a module, an example call and a schedule to a set of compiled step programs.
 
-capture -> normalize -> select regions -> compute cuts -> specialize | insert guards -> verify -> lower
+capture -> normalize -> select regions -> compute cuts -> add signals -> specialize (-> split) | insert guards -> verify
+-> lower
 """
 
 from __future__ import annotations
@@ -16,26 +17,32 @@ from torch import nn
 
 from .calling import ShapeRules
 from .capture import capture
-from .errors import CacheError, RegionError
+from .errors import CacheError, RegionError, ScheduleError
 from .export import eager, torch_compile
 from .export.lowered import Lowered
 from .guards import Mask
+from .limits import Limits
 from .parameters import Parameters
+from .passes.branches import difference_program, rebuild_program
 from .passes.cut import ComputeCut, RuleStorage
+from .passes.decide import Control
 from .passes.flops import StepFlops
 from .passes.guard import InsertGuards, group_name
 from .passes.normalize import Normalize
 from .passes.regions import SelectRegions
+from .passes.signals import AddSignals
 from .passes.specialize import Specialize
+from .passes.split import Probe, RestOfStep, live_names
 from .passes.verify import Verify
-from .plan import Plan, ProgramChoice, Reused, choose_programs
+from .plan import Plan, ProgramChoice, Reused, choose_programs, variants
 from .program import StepProgram
 from .schedule import CacheSchedule
 from .schedules import resolve
-from .step_set import StepSet
+from .step_set import DIFFERENCE, PROBE, REBUILD, StepSet
 
 log = logging.getLogger(__name__)
-Decide = Literal["host", "graph"]
+Decide = Literal["host", "graph", "lagged"]
+DECIDE = ("host", "graph", "lagged")
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,8 @@ class Options:
     backend_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.decide not in ("host", "graph"):
-            raise CacheError(f"decide must be 'host' or 'graph', not {self.decide!r}")
+        if self.decide not in DECIDE:
+            raise CacheError(f"decide must be 'host', 'graph' or 'lagged', not {self.decide!r}")
         if self.dynamic and self.decide == "graph":
             raise CacheError("dynamic=True needs decide='host': a program with conditionals has fixed sizes")
         for name in ("num_steps", "max_programs"):
@@ -61,12 +68,17 @@ class Options:
                 raise CacheError(f"{name} must be a whole number from 1, or None, not {value!r}")
 
 
-def front_end(schedule: CacheSchedule) -> tuple[Callable[[StepProgram], StepProgram], ...]:
-    """The passes from a captured program to one with regions and cuts, in order."""
+def front_end(
+    schedule: CacheSchedule, most_slots: int | None = None
+) -> tuple[Callable[[StepProgram], StepProgram], ...]:
+    """The passes from a captured program to one with regions and cuts, in order. most_slots: past refreshes kept."""
+    slots = [min(rule.forecast.slots, most_slots or rule.forecast.slots) for rule in schedule.rules]
+    storage = tuple(RuleStorage(rule.storage, n) for rule, n in zip(schedule.rules, slots, strict=True))
     return (
         Normalize(),  # drop what computes nothing
         SelectRegions(tuple(rule.regions for rule in schedule.rules)),  # which nodes are refreshed or reused together
-        ComputeCut(tuple(RuleStorage(rule.storage, rule.forecast.slots) for rule in schedule.rules)),  # what is kept
+        ComputeCut(storage),  # what is kept of them
+        AddSignals(tuple(schedule.adaptive.items())),  # what adaptive guards measure
     )
 
 
@@ -79,6 +91,26 @@ def run_passes(program: StepProgram, passes: Iterable[Callable[[StepProgram], St
         if checking:
             Verify(after=type(step).__name__)(program)
     return program
+
+
+def _within_memory(captured: StepProgram, schedule: CacheSchedule) -> StepProgram:
+    """The program with regions and cuts; forecasts look back less far where the schedule caps the cache."""
+    cap = schedule.memory_cap
+    for slots in range(schedule.slots, 0, -1):
+        program = run_passes(captured, front_end(schedule, slots))
+        needed = sum(region.nbytes for region in program.regions)
+        if cap is None or needed <= cap:
+            if slots < schedule.slots:
+                log.warning(
+                    "memory_cap: %d of %d past refreshes are kept, so forecasts are of lower order",
+                    slots,
+                    schedule.slots,
+                )
+            return program
+    raise ScheduleError(
+        f"the cache needs at least {needed} bytes for one guidance branch and memory_cap is {cap}: cache fewer regions "
+        "(Trunk instead of Sublayers, say), or raise the cap"
+    )
 
 
 def lower(program: StepProgram, options: Options) -> Lowered:
@@ -101,10 +133,12 @@ class Captured:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
+        if options.dynamic and schedule.adaptive:
+            raise CacheError("dynamic=True does not go with an adaptive guard: its programs have fixed sizes")
         captured, rules = capture(module, args, kwargs, dynamic=options.dynamic)
         self.module, self.schedule, self.options = module, schedule, options
         self.rules: ShapeRules = rules
-        self.program = run_passes(captured, front_end(schedule))
+        self.program = _within_memory(captured, schedule)
         if not self.program.regions:
             raise RegionError("the schedule selects nothing that depends on the inputs of a step")
         if options.num_steps is not None or not schedule.needs_num_steps():
@@ -143,11 +177,37 @@ class Captured:
 
     def guarded(self) -> StepProgram:
         """The program with the conditionals inside."""
-        return run_passes(self.program, (InsertGuards(self.groups()),))
+        return run_passes(self.program, (InsertGuards(self.groups(), self._control()),))
+
+    def _control(self) -> Control | None:
+        """How the graph decides by itself, under an adaptive guard."""
+        schedule = self.schedule
+        for index, guard in schedule.adaptive.items():
+            rule = schedule.rules[index]
+            slots = max(value.slots for region in self.program.regions for value in region.cut)
+            limits = Limits(schedule.longest_reuse, schedule.most_reuses)
+            return Control(index, guard, limits, rule.forecast, slots)
+        return None
+
+    @property
+    def split(self) -> bool:
+        """Whether a step is split at the decision: the host decides by a signal that a first part of it measures."""
+        return self.options.decide == "host" and any(entry.before for entry in self.program.measured)
+
+    def probe(self) -> StepProgram:
+        """What runs before the decision."""
+        live = live_names(self.rest(frozenset()))
+        return run_passes(self.program, (Probe(live),))
+
+    def rest(self, reused: Reused) -> StepProgram:
+        """What runs after the decision."""
+        return run_passes(self.program, (Specialize(reused), RestOfStep()))
 
     def choice(self, num_steps: int | None) -> ProgramChoice:
         """The specialised programs that a run of so many steps needs."""
-        rows = Plan(self.schedule, self.program.regions, num_steps).rows()
+        rows = variants(
+            Plan(self.schedule, self.program.regions, num_steps).rows(), self.schedule, self.program.regions
+        )
         return choose_programs(rows, self.weight, float(self.full_flops), self.options.max_programs)
 
     def steps(self, num_steps: int | None) -> StepSet:
@@ -155,21 +215,43 @@ class Captured:
         if num_steps not in self._sets:
             choice = self.choice(num_steps)
             groups = {}
+            extra = {}
+            if self.split:
+                extra[PROBE] = self._lower(PROBE)
+            if self.schedule.branch is not None:
+                extra |= {name: self._lower(name) for name in (DIFFERENCE, REBUILD)}
             if self.options.decide == "graph":
                 lowered: dict[Reused, Lowered] = {frozenset(): self._lower("guarded")}
                 groups = {name: group_name(group) for group in self.groups() for name in group}
             else:
                 lowered = {reused: self._lower(reused) for reused in choice.programs}
             self._sets[num_steps] = StepSet(
-                self.program.regions, lowered, choice, self.weight, Parameters(self.module), groups
+                self.program.regions,
+                lowered,
+                choice,
+                self.weight,
+                Parameters(self.module),
+                groups,
+                extra,
+                self.program.measured,
             )
         return self._sets[num_steps]
 
     def _lower(self, which: Reused | str) -> Lowered:
         if which not in self._lowered:
-            program = self.guarded() if isinstance(which, str) else self.specialized(which)
-            self._lowered[which] = lower(program, self.options)
+            self._lowered[which] = lower(self._program(which), self.options)
         return self._lowered[which]
+
+    def _program(self, which: Reused | str) -> StepProgram:
+        """A program to compile, by the regions it reuses or by name."""
+        if not isinstance(which, str):
+            return self.rest(which) if self.split else self.specialized(which)
+        if which == REBUILD:
+            return rebuild_program(self.program)
+        if which == DIFFERENCE:
+            assert self.schedule.branch is not None
+            return difference_program(self.program, self.schedule.branch.radius)
+        return self.guarded() if which == "guarded" else self.probe()
 
 
 def compile_with_cache(
@@ -194,7 +276,10 @@ def compile_with_cache(
     example_inputs: (args, kwargs) of one call; without it the first call is the example.
     num_steps: calls per generation (and guidance branch), where known: lets plans count from the end.
     dynamic: keep batch and spatial sizes symbolic where the model allows it.
-    decide: "host" runs one straight program per decision; "graph" one program with the conditionals inside.
+    decide: "host" runs one straight program per decision (under an adaptive guard a probe program first, and one read
+    of
+        its signal per step); "graph" one program with the decision and the conditionals inside; "lagged" lets the
+        signal of a step decide the step after, so that every step is one straight program and nothing is waited for.
     max_programs: most specialised programs to compile; plans with more distinct steps refresh more. None: no bound.
     refinement: the sampler may call the model more than once at one timestep.
     backend_options: passed to the backend (Inductor config entries; `outlining=False`).

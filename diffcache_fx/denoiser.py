@@ -107,7 +107,9 @@ class CachedDenoiser(nn.Module):
         found = getattr(local, "driver", None)
         if found is None:
             options: Options = self._own["options"]
-            found = local.driver = Driver(self._own["schedule"], options.num_steps, options.refinement)
+            found = local.driver = Driver(
+                self._own["schedule"], options.num_steps, options.refinement, lagged=options.decide == "lagged"
+            )
         return found
 
     def reset(self) -> None:

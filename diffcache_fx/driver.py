@@ -7,50 +7,38 @@ behave the same. It holds no model and compiles nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 
+from .control import Controller
+from .guidance import Branches, is_unconditional, share_histories
 from .plan import Plan, Reused
 from .recognition import Arguments, Hints, Key, Place, Recognizer
+from .record import Decision, Record, Verdict
 from .schedule import CacheSchedule
 from .state import CacheState
-from .step_set import StepSet
+from .step_set import DIFFERENCE, PROBE, REBUILD, Feed, StepSet
 
-
-@dataclass(frozen=True)
-class Decision:
-    """What was decided at one step of one context, and why.
-
-    signal: the quantity an adaptive guard compared, None for static plans. reason: why a step that might have been
-    reused was computed; empty where the plan was followed.
-    """
-
-    context: str
-    step: int
-    refreshed: tuple[str, ...]
-    reused: tuple[str, ...]
-    reason: str = ""
-    signal: float | None = None
-
-
-@dataclass
-class Record:
-    """The statistics of one generation (all its contexts)."""
-
-    decisions: list[Decision] = field(default_factory=list)
-    cache_bytes: int = 0
-    syncs: int = 0
+Tensors = Mapping[int, torch.Tensor]
 
 
 class Driver:
     """Decides, runs and remembers, for one thread of one cached denoiser."""
 
-    def __init__(self, schedule: CacheSchedule, num_steps: int | None = None, refinement: bool = False) -> None:
+    def __init__(
+        self,
+        schedule: CacheSchedule,
+        num_steps: int | None = None,
+        refinement: bool = False,
+        lagged: bool = False,
+    ) -> None:
         self.schedule = schedule
-        self.recognizer = Recognizer(num_steps=num_steps, refinement=refinement)
+        self.recognizer = Recognizer(num_steps, refinement, schedule.needs_timestep)
         self.record = Record()
         self.bound: StepSet | None = None
+        self._control = Controller(schedule, lagged)
+        self._branches = Branches()
         self._ended = True
         self._plans: dict[tuple[int, int | None], tuple[StepSet, Plan]] = {}
         self._flags = {True: torch.tensor(True), False: torch.tensor(False)}
@@ -58,6 +46,7 @@ class Driver:
     def reset(self, name: str | None = None) -> None:
         """Drop all cache state (or that of one context); the statistics of the generation that ended stay readable."""
         self.recognizer.reset(name)
+        self._branches.forget()
         if name is None:
             self._ended = True
             self._plans.clear()
@@ -66,14 +55,13 @@ class Driver:
         """Find a call's place; a generation that begins clears the statistics of the one before."""
         syncs = self.recognizer.syncs
         place = self.recognizer.locate(arguments, key, hints)
-        seen = any(decision.context == place.context.name for decision in self.record.decisions)
-        if place.new_generation and (self._ended or seen):
+        if place.new_generation and (self._ended or place.context.name in self.record.contexts):
             self.record = Record()
         self._ended = False
         self.record.syncs += self.recognizer.syncs - syncs
         return place
 
-    def step(self, steps: StepSet, place: Place, users: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+    def step(self, steps: StepSet, place: Place, users: Tensors) -> list[torch.Tensor]:
         """Run one call: decide, fill or refresh the cache, and return the model's output tensors.
 
         If anything raises, the context forgets its cache, so that nothing half-written is ever reused.
@@ -87,38 +75,87 @@ class Driver:
             or not isinstance(state, CacheState)
             or state.regions is not steps.regions
         ):
-            state = context.payload = CacheState(steps.regions)
-        wanted, reason = self._decide(steps, place, state)
+            state = context.payload = CacheState(steps.regions, self.schedule.adaptive)
         try:
-            if steps.branching:
-                outputs, reused = self._run_branching(steps, wanted, state, users, place.step)
-            else:
-                outputs, reused = self._run_specialised(steps, wanted, state, users, place.step)
+            rebuilt = self._rebuild(steps, place, state) if self.schedule.branch is not None else None
         except BaseException:
             context.restart()
             raise
-        names = [region.name for region in steps.regions]
-        self.record.decisions.append(
-            Decision(
-                context.name,
-                place.step,
-                tuple(name for name in names if name not in reused),
-                tuple(name for name in names if name in reused),
-                reason,
-            )
-        )
+        if rebuilt is not None:
+            return [rebuilt]
+        allowed, reason = self._allowed(steps, place, state)
+        self._share(steps, allowed, state)
+        run = self._run_branching if steps.branching else self._run_specialised
+        try:
+            outputs, decision = run(steps, place, allowed, reason, state, users)
+            if self.schedule.branch is not None:
+                decision = self._compare(steps, place, state, outputs[0], decision)
+        except BaseException:
+            context.restart()
+            raise
+        self.record.add(decision)
         if place.new_generation:  # every slot is allocated at the first refresh
             contexts = self.recognizer.contexts.values()
             self.record.cache_bytes = sum(c.payload.nbytes for c in contexts if isinstance(c.payload, CacheState))
         return outputs
 
-    def _decide(self, steps: StepSet, place: Place, state: CacheState) -> tuple[Reused, str]:
-        context = place.context
-        total = context.num_steps if context.num_steps is not None else self.recognizer.num_steps
+    def _share(self, steps: StepSet, allowed: Reused, state: CacheState) -> None:
+        """Average what guidance branches share, before it is reused."""
+        for index, rule in enumerate(self.schedule.rules):
+            if rule.share != "none":
+                names = [region.name for region in steps.regions if region.rule == index and region.name in allowed]
+                share_histories(state, self.recognizer.contexts.values(), names, rule.share == "halves")
+
+    def _rebuild(self, steps: StepSet, place: Place, state: CacheState) -> torch.Tensor | None:
+        """The unconditional branch's output made from the conditional one's, where the schedule says so and it can."""
+        rule = self.schedule.branch
+        assert rule is not None
+        partner = self._branches.partner(place)
+        wanted = is_unconditional(place.context.name, rule) and rule.rebuilds(place.step, place.timestep)
+        if partner is None or not wanted or not state.difference or place.timestep is None:
+            return None
+        low, high = rule.factors(place.timestep)
+        state.emphasis = (state.emphasis[0] * low, state.emphasis[1] * high)
+        weights = torch.tensor(state.emphasis, dtype=torch.float32, device=partner.device)
+        results = steps.run(REBUILD, state, Feed({}, rows=weights, live={"cond": partner, **state.difference}))
+        names = tuple(region.name for region in steps.regions)
+        self.record.add(Decision(place.context.name, place.step, (), names, rebuilt=True))
+        return results.users[0]
+
+    def _compare(
+        self, steps: StepSet, place: Place, state: CacheState, output: torch.Tensor, decision: Decision
+    ) -> Decision:
+        """After a call that ran the model: note the conditional branch, or how the unconditional one differs from
+        it."""
+        rule = self.schedule.branch
+        assert rule is not None
+        unconditional = is_unconditional(place.context.name, rule)
+        partner = self._branches.partner(place)
+        if unconditional and partner is not None:
+            state.difference = steps.run(DIFFERENCE, state, Feed({}, live={"cond": partner, "uncond": output})).live
+            state.emphasis = (1.0, 1.0)
+        elif not unconditional:
+            self._branches.note(place, output)
+        if unconditional is None and partner is not None:
+            return replace(decision, reason="no context says which guidance branch is the unconditional one")
+        if unconditional and partner is None and rule.rebuilds(place.step, place.timestep):
+            return replace(decision, reason="the conditional branch has not run at this step")
+        return decision
+
+    def _total(self, place: Place) -> int | None:
+        return place.context.num_steps if place.context.num_steps is not None else self.recognizer.num_steps
+
+    def _allowed(self, steps: StepSet, place: Place, state: CacheState) -> tuple[Reused, str]:
+        """The regions that may be reused, as far as no adaptive guard has its say; and why not, if so."""
+        total = self._total(place)
         known = self._plans.get((id(steps), total))
         if known is None or known[0] is not steps:
             known = self._plans[id(steps), total] = (steps, Plan(self.schedule, steps.regions, total))
         wanted = known[1].reused(place.step)
+        if self.schedule.windows and wanted:
+            wanted = self._inside_windows(steps, place, wanted)
+        if self.schedule.branch is not None and not self.schedule.branch.rebuilds(place.step, place.timestep):
+            return frozenset(), ""  # where both branches run, they run in full
         if not wanted:
             return wanted, ""
         if place.doubt:
@@ -126,8 +163,32 @@ class Driver:
         missing = wanted & state.missing()
         return wanted - missing, "nothing stored yet" if missing else ""
 
-    def _rows(self, steps: StepSet, reused: Reused, state: CacheState, step: int) -> torch.Tensor | None:
-        """The forecast weights of all regions, in slot order: float32 [regions, slots]; None if no history is deep."""
+    def _inside_windows(self, steps: StepSet, place: Place, wanted: Reused) -> Reused:
+        moment = place.timestep
+        closed = {
+            rule for rule, (low, high) in self.schedule.windows.items() if moment is None or not low < moment < high
+        }
+        return frozenset(r.name for r in steps.regions if r.name in wanted and r.rule not in closed)
+
+    def _decision(
+        self, steps: StepSet, place: Place, reused: Reused, reason: str, verdicts: tuple[Verdict, ...] = ()
+    ) -> Decision:
+        names = [region.name for region in steps.regions]
+        return Decision(
+            place.context.name,
+            place.step,
+            tuple(name for name in names if name not in reused),
+            tuple(name for name in names if name in reused),
+            reason,
+            verdicts,
+        )
+
+    def _rows(
+        self, steps: StepSet, reused: Reused, state: CacheState, step: int, ratios: Mapping[int, Mapping[str, float]]
+    ) -> torch.Tensor | None:
+        """The forecast weights of all regions, in slot order: float32 [regions, slots]; None if no history is deep.
+
+        ratios: what adaptive guards have measured, by rule, for forecasts that use it."""
         width = max((value.slots for region in steps.regions for value in region.cut), default=1)
         if width == 1:
             return None
@@ -138,38 +199,71 @@ class Driver:
             row = [0.0] * width
             if region.name in reused:
                 forecast = self.schedule.rules[region.rule].forecast
-                weights = forecast.weights(history.positions, float(step))
-                row[: history.depth] = history.row(weights)
+                weights = forecast.weights(history.positions, float(step), ratios.get(region.rule, {}))
+                row[: history.depth] = history.row([float(weight) for weight in weights])
             table.append(row)
             device = device or (region.cut[0].device if region.cut else None)
         return torch.tensor(table, dtype=torch.float32, device=device)
 
     def _run_specialised(
-        self, steps: StepSet, wanted: Reused, state: CacheState, users: Mapping[int, torch.Tensor], step: int
-    ) -> tuple[list[torch.Tensor], Reused]:
-        key = steps.choice.serve(wanted, steps.weight)
-        rows = self._rows(steps, key, state, step) if key else None
-        outputs, fresh = steps.run(key, users, state, rows, {})
-        for name, values in fresh.items():
-            state.histories[name].refresh(values, float(step))
-        return outputs, key
+        self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, users: Tensors
+    ) -> tuple[list[torch.Tensor], Decision]:
+        control, total = self._control, self._total(place)
+        feed = Feed(users, kept=control.kept(steps, state))
+        early = steps.run(PROBE, state, feed) if steps.split else None
+        turn = control.decide(steps, place, total, allowed, state, early.signals if early else {})
+        key = steps.choice.serve(turn.wanted, steps.weight)
+        turn.confirm(key)
+        feed.rows = self._rows(steps, key, state, place.step, turn.measured) if key else None
+        feed.live = early.live if early else {}
+        results = steps.run(key, state, feed)
+        for name, values in results.states.items():
+            state.histories[name].refresh(values, float(place.step))
+        turn.finish({**(early.memory if early else {}), **results.memory}, results.signals)
+        self.record.reads += turn.reads
+        return results.users, self._decision(steps, place, key, reason or turn.reason, turn.verdicts)
 
     def _run_branching(
-        self, steps: StepSet, wanted: Reused, state: CacheState, users: Mapping[int, torch.Tensor], step: int
-    ) -> tuple[list[torch.Tensor], Reused]:
+        self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, users: Tensors
+    ) -> tuple[list[torch.Tensor], Decision]:
         for region in steps.regions:
             state.zeros(region.name)
         by_group: dict[str, bool] = {}
         for region in steps.regions:
             group = steps.groups[region.name]
-            by_group[group] = by_group.get(group, False) or region.name not in wanted
+            by_group[group] = by_group.get(group, False) or region.name not in allowed
         reused = frozenset(r.name for r in steps.regions if not by_group[steps.groups[r.name]])
-        rows = self._rows(steps, reused, state, step)
-        predicates = {group: self._flags[refresh] for group, refresh in by_group.items()}
-        outputs, fresh = steps.run(frozenset(), users, state, rows, predicates)
+        feed = Feed(users)
+        if self.schedule.adaptive:
+            return self._run_deciding(steps, place, reused, reason, state, feed)
+        feed.rows = self._rows(steps, reused, state, place.step, {})
+        feed.predicates = {group: self._flags[refresh] for group, refresh in by_group.items()}
+        results = steps.run(frozenset(), state, feed)
         for region in steps.regions:
-            history = state.histories[region.name]
-            supply = iter(fresh[region.name])
-            history.slots = [[next(supply) for _ in slots] for slots in history.slots]
-            history.shift(None if region.name in reused else float(step))
-        return outputs, reused
+            state.histories[region.name].take(results.states[region.name])
+            state.histories[region.name].shift(None if region.name in reused else float(place.step))
+        return results.users, self._decision(steps, place, reused, reason)
+
+    def _run_deciding(
+        self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, feed: Feed
+    ) -> tuple[list[torch.Tensor], Decision]:
+        """A program that decides by itself: nothing is read back here; the record waits until it is asked."""
+        (rule,) = self.schedule.adaptive
+        guard = state.guards[rule]
+        if not guard.graph:
+            guard.graph = dict(steps.memory(frozenset()))
+        forced = not allowed
+        device = steps.regions[0].cut[0].device
+        total = self._total(place)
+        moment = (float(place.step), place.step / total if total else 0.0)
+        feed.moment = torch.tensor(moment, dtype=torch.float32, device=device)
+        feed.force = {str(rule): self._flags[forced].to(device)}
+        feed.kept = guard.graph
+        results = steps.run(frozenset(), state, feed)
+        guard.graph = results.memory
+        for region in steps.regions:
+            state.histories[region.name].take(results.states[region.name])
+            state.histories[region.name].shift(float(place.step) if forced else None)
+        pending = Verdict.pending(rule, results, forced, place.new_generation or bool(place.doubt))
+        names = frozenset(region.name for region in steps.regions)
+        return results.users, self._decision(steps, place, names, reason, (pending,))

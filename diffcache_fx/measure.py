@@ -186,7 +186,7 @@ def executed_flops(cached: CachedDenoiser) -> Executed:
         key = frozenset(decision.reused)
         if key not in cost:
             cost[key] = program_flops(Specialize(key)(captured.program))
-    spent = sum(cost[frozenset(decision.reused)] for decision in decisions)
+    spent = sum(cost[frozenset(decision.reused)] for decision in decisions if not decision.rebuilt)
     return Executed(spent, captured.full_flops * len(decisions))
 
 
@@ -243,6 +243,8 @@ def recorded_programs(
 
     try:
         for key, lowered in original.items():
+            if isinstance(key, str):
+                continue
             steps.lowered[key] = replace(lowered, run=recorder(key, lowered.run))
         generation()
     finally:

@@ -20,7 +20,11 @@ Reused = frozenset[str]
 
 
 class Plan:
-    """The decisions of a schedule's static guards for given regions, step by step, all limits applied."""
+    """The decisions of a schedule's static guards for given regions, step by step, all limits applied.
+
+    Regions of an adaptive guard, or of one with a window of timesteps, count as reused wherever nothing known ahead
+    forbids it: at run time they may be refreshed more often.
+    """
 
     def __init__(self, schedule: CacheSchedule, regions: Sequence[Region], num_steps: int | None = None) -> None:
         """num_steps: length of a generation in calls per context, if known.
@@ -56,6 +60,7 @@ class Plan:
             counts[region.rule] += 1
         self._rows: list[Reused] = []
         self._runs = {region.name: 0 for region in regions}
+        self._reuses = {region.name: 0 for region in regions}
 
     def reused(self, step: int) -> Reused:
         """The regions the plan reuses at a step (from 0)."""
@@ -75,13 +80,36 @@ class Plan:
                 schedule.rules[region.rule], step, total, self._place[region.name], schedule.warm_up
             )
             cooling = total is not None and step >= total - schedule.cool_down
-            tired = schedule.longest_reuse is not None and self._runs[region.name] >= schedule.longest_reuse
+            open_ended = region.rule in schedule.adaptive  # the driver counts what really was reused
+            tired = not open_ended and (
+                reached(self._runs[region.name], schedule.longest_reuse)
+                or reached(self._reuses[region.name], schedule.most_reuses)
+            )
             if refresh or cooling or tired:
                 self._runs[region.name] = 0
             else:
                 self._runs[region.name] += 1
+                self._reuses[region.name] += 1
                 row.add(region.name)
         return frozenset(row)
+
+
+def reached(count: int, limit: int | None) -> bool:
+    return limit is not None and count >= limit
+
+
+def variants(rows: Iterable[Reused], schedule: CacheSchedule, regions: Sequence[Region]) -> list[Reused]:
+    """A plan's rows, and what becomes of each where adaptive guards refresh or timesteps lie outside their window."""
+    parts: dict[object, set[str]] = {}
+    for region in regions:
+        if region.rule in schedule.adaptive:
+            parts.setdefault(("rule", region.rule), set()).add(region.name)
+        elif region.rule in schedule.windows:
+            parts.setdefault(schedule.windows[region.rule], set()).add(region.name)
+    found = list(rows)
+    for names in parts.values():
+        found += [row - names for row in found if row & names]
+    return found
 
 
 @dataclass(frozen=True)

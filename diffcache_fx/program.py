@@ -28,6 +28,10 @@ class InputKind(enum.Enum):
     HISTORY = "history"  # target: "region/value/slot"
     ROWS = "rows"  # float32 [number of regions, slots]: forecast weights, in slot order
     PREDICATE = "predicate"  # target: name of the group whose regions refresh together; bool scalar, True = refresh
+    MEMORY = "memory"  # target: "rule/name": what an adaptive guard keeps from step to step
+    LIVE = "live"  # target: a node of the full program: what the probe program has computed at this step
+    FORCE = "force"  # target: "rule": bool scalar, True = refresh whatever the guard in the graph says
+    MOMENT = "moment"  # float32 [2]: the number of the step, and the share of the run that lies behind it
 
 
 class OutputKind(enum.Enum):
@@ -35,6 +39,10 @@ class OutputKind(enum.Enum):
 
     USER = "user"  # target: index of the leaf in the model's output
     STATE = "state"  # target: "region/value": the freshly computed cut value (specialised), or "region/value/slot"
+    SIGNAL = "signal"  # target: "rule/name": float32 scalar that an adaptive guard measures
+    MEMORY = "memory"  # target: "rule/name": what the guard may keep (specialised), or keeps (guarded)
+    LIVE = "live"  # target: a node of the full program, handed on to the rest of the step
+    DECISION = "decision"  # target: "rule": bool scalar, True = refreshed
     EXTRA = "extra"  # target: a name asked for by the caller
 
 
@@ -118,6 +126,23 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What the graph measures for the adaptive guard of one rule.
+
+    before: names of the signals known before the rule's regions are computed. after: those known only when the step is
+    done. checks: regions whose forecast is compared with what the reuse program computes of it.
+    early, late: reference quantities that the guard may keep, known before the decision and after the step.
+    """
+
+    rule: int
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    checks: tuple[str, ...] = ()
+    early: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CallSignature:
     """The model's calling convention at capture: how the caller's arguments become flat tensors, and back.
 
@@ -191,6 +216,7 @@ class StepProgram:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     regions: tuple[Region, ...] = ()
     reused: frozenset[str] = frozenset()
+    measured: tuple[Measured, ...] = ()
     captured_by: str = "export"
 
     @property

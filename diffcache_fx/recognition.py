@@ -53,6 +53,7 @@ class Place:
     step: int
     new_generation: bool
     doubt: str = ""
+    timestep: float | None = None  # where it could be read without a sync, or had to be
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Recognizer:
 
     num_steps: int | None = None
     refinement: bool = False
+    needs_timestep: bool = False  # a guard looks at it, wherever it lies
     contexts: dict[str, Context] = field(default_factory=dict)
     syncs: int = 0
     _last: Arguments | None = None
@@ -161,7 +163,8 @@ class Recognizer:
             return None
         if value.device.type != "cpu":
             steps = context.num_steps or self.num_steps
-            if steps is not None or (hints is not None and hints.step_index is not None):
+            known = steps is not None or (hints is not None and hints.step_index is not None)
+            if known and not self.needs_timestep:
                 return None
             if hints is not None and isinstance(hints.timestep, (int, float)):
                 return float(hints.timestep)
@@ -201,7 +204,7 @@ class Recognizer:
             step = explicit or 0
         self._remember(context, t)
         context.step, context.key = step, key
-        return Place(context, step, fresh, doubt)
+        return Place(context, step, fresh, doubt, t)
 
     def _by_timestep(self, context: Context, t: float, doubt: str) -> tuple[bool, str]:
         """What the timestep says: a new generation, or a reason to compute."""

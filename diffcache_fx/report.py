@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .driver import Decision, Record
 from .errors import ScheduleError
-from .plan import Plan, choose_programs
+from .plan import Plan, choose_programs, variants
 from .program import size_hint
+from .record import Decision, Record
 from .schedule import CacheSchedule
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ class Stats:
 
     steps: calls of the denoiser, all contexts together. refreshed: those that computed every region. reused: those that
     took at least one region from the cache. decisions: one entry for each call. cache_bytes: state held, all contexts.
-    syncs: device reads made to tell steps apart. compilations: programs compiled since the denoiser was made.
-    recaptures: why the model was captured again.
+    syncs: device reads made to tell steps apart. reads: of an adaptive guard's signals, by the host. close: decisions
+    whose signal lay so near its threshold that another lowering may round to the other side. compilations: programs
+    compiled since the denoiser was made. recaptures: why the model was captured again.
     """
 
     steps: int
@@ -33,19 +34,24 @@ class Stats:
     decisions: tuple[Decision, ...]
     cache_bytes: int
     syncs: int = 0
+    reads: int = 0
+    close: int = 0
     compilations: int = 0
     recaptures: tuple[str, ...] = ()
 
     @staticmethod
     def of(record: Record, compilations: int, recaptures: tuple[str, ...]) -> Stats:
-        reused = sum(bool(decision.reused) for decision in record.decisions)
+        decisions = tuple(record.decisions)
+        reused = sum(bool(decision.reused) for decision in decisions)
         return Stats(
-            steps=len(record.decisions),
-            refreshed=len(record.decisions) - reused,
+            steps=len(decisions),
+            refreshed=len(decisions) - reused,
             reused=reused,
-            decisions=tuple(record.decisions),
+            decisions=decisions,
             cache_bytes=record.cache_bytes,
             syncs=record.syncs,
+            reads=record.reads,
+            close=sum(verdict.close for decision in decisions for verdict in decision.verdicts),
             compilations=compilations,
             recaptures=recaptures,
         )
@@ -149,12 +155,15 @@ def explain(captured: Captured) -> Explanation:
     try:
         plan = Plan(schedule, program.regions, captured.options.num_steps)
         rows = plan.rows()
+        kinds = variants(rows, schedule, program.regions)
     except ScheduleError as error:
-        plan, rows, note = None, [frozenset()], str(error)
-    choice = choose_programs(rows, captured.weight, float(captured.full_flops), captured.options.max_programs)
+        plan, rows, kinds, note = None, [frozenset()], [frozenset()], str(error)
+    choice = choose_programs(kinds, captured.weight, float(captured.full_flops), captured.options.max_programs)
     flops = {reused: captured.flops(reused) for reused in choice.programs}
     spent = sum(flops[choice.serve(row, captured.weight)] for row in rows)
     known = plan is not None and plan.num_steps is not None
+    if schedule.adaptive and not note:
+        note = "what an adaptive guard does is known when it has run: these figures are the most that it can save"
     return Explanation(
         model=type(captured.module).__name__,
         schedule=schedule.name,
@@ -188,14 +197,18 @@ def summarize(stats: Stats, schedule: CacheSchedule, captured: Captured | None) 
     reasons = Counter(decision.reason for decision in stats.decisions if decision.reason)
     for reason, count in reasons.most_common():
         lines.append(f"  {count} call(s) computed although the plan would have reused: {reason}")
-    if not stats.reused and not reasons:
+    lines += _signals(stats)
+    if not stats.reused and not reasons and not any(decision.verdicts for decision in stats.decisions):
         lines.append(
             f"  nothing was reused: in a run of {stats.steps} calls this schedule asks for none (warm-up "
             f"{schedule.warm_up}, guard {schedule.rules[0].guard})"
         )
     if captured is not None and stats.reused:
         full = captured.full_flops
-        spent = sum(captured.flops(frozenset(decision.reused)) for decision in stats.decisions)
+        ran = [decision for decision in stats.decisions if not decision.rebuilt]
+        spent = sum(captured.flops(frozenset(decision.reused)) for decision in ran)
+        if len(ran) < len(stats.decisions):
+            lines.append(f"  {len(stats.decisions) - len(ran)} call(s) rebuilt from the conditional guidance branch")
         lines.append(f"  executed FLOPs: {100 * spent / (full * stats.steps):.1f} % of the uncached run")
     if stats.syncs:
         lines.append(
@@ -204,6 +217,37 @@ def summarize(stats: Stats, schedule: CacheSchedule, captured: Captured | None) 
     for what in stats.recaptures[-1:]:
         lines.append(f"  the model was captured again because it changed: {what}")
     return "\n".join(lines)
+
+
+def _signals(stats: Stats) -> list[str]:
+    """What adaptive guards saw, and why they reused nothing where they did not."""
+    verdicts = [verdict for decision in stats.decisions for verdict in decision.verdicts]
+    if not verdicts:
+        return []
+    seen = [verdict for verdict in verdicts if verdict.signal is not None]
+    free = [verdict for verdict in seen if not verdict.forced]
+    forced = sum(verdict.forced and verdict.refresh for verdict in verdicts)
+    lines = []
+    if seen:
+        low, high = (edge(verdict.signal for verdict in seen) for edge in (min, max))  # type: ignore[type-var]
+        limits = sorted({verdict.limit for verdict in seen if verdict.limit})
+        shown = f"{limits[0]:.3g}" if len(limits) == 1 else f"{limits[0]:.3g} to {limits[-1]:.3g}" if limits else "0"
+        lines.append(f"  signal {low:.3g} to {high:.3g}, threshold {shown}; {forced} refresh(es) were forced")
+    if not any(not verdict.refresh for verdict in verdicts):
+        if not free:
+            why = "warm-up, cool-down and limits left no step for the guard to decide"
+        elif any(verdict.limit == 0 for verdict in free):
+            why = "the threshold is 0, which means never"
+        else:
+            nearest = min(free, key=lambda verdict: verdict.signal - verdict.limit)  # type: ignore[operator]
+            why = (
+                f"the signal never fell below the threshold (nearest {nearest.signal:.3g}, limit {nearest.limit:.3g}): "
+                "raise the threshold, or take more steps, which change less from one to the next"
+            )
+        lines.append(f"  nothing was reused: {why}")
+    if stats.close:
+        lines.append(f"  {stats.close} decision(s) within 1e-5 of the threshold: another lowering may decide otherwise")
+    return lines
 
 
 def _count(value: float, base: int = 1000) -> str:

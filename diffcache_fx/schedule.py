@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .adaptive import AdaptiveGuard
 from .errors import ScheduleError, nearest
 from .forecasts import FORECASTS, Forecast, Hold
 from .guards import GUARDS, Always, Guard, Interval, Mask
+from .guidance import SHARES, Reconstruct
+from .references import REFERENCES
 from .selection import SELECTIONS, Selection, Trunk
 
 FORMAT = "diffcache_fx.schedule"
 VERSION = 1
 FILE_NAME = "cache_schedule.json"
 STORAGES = ("auto", "value", "residual")
+GUIDANCE = ("apart", "together")
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:
@@ -36,12 +40,14 @@ class Rule:
 
     storage: what is kept of a region: its "value"; its "residual" over the region's input, added to the fresh input at
     a reuse step; "auto": the residual where a value of the same shape enters the region, else the value.
+    share: what is reused is the mean of the guidance "branches" (separate calls), or of the two "halves" of each batch.
     """
 
     regions: Selection = field(default_factory=Trunk)
     guard: Guard = field(default_factory=Interval)
     forecast: Forecast = field(default_factory=Hold)
     storage: str = "auto"
+    share: str = "none"
 
     def __post_init__(self) -> None:
         _check_member("regions", self.regions, SELECTIONS)
@@ -49,6 +55,8 @@ class Rule:
         _check_member("forecast", self.forecast, FORECASTS)
         if self.storage not in STORAGES:
             raise ScheduleError(f"storage must be one of {', '.join(STORAGES)}, not {self.storage!r}")
+        if self.share not in SHARES:
+            raise ScheduleError(f"share must be one of {', '.join(SHARES)}, not {self.share!r}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,11 @@ class CacheSchedule:
 
     rules: each guard with its regions; the regions of different rules must not overlap.
     warm_up: steps at the start that always refresh (at least 1). cool_down: steps at the end that always refresh; needs
-    the number of steps. longest_reuse: most reuse steps in a row for a region; None for no limit.
+    the number of steps. longest_reuse: most reuse steps in a row for a region; None for no limit. most_reuses: most
+    reuse steps of a generation for a region. memory_cap: most bytes of cache for one guidance branch; forecasts look
+    back less far to stay below it. guidance: whether each guidance branch decides for itself ("apart"), or the one that
+    is called first at a step decides for all ("together"); matters to adaptive guards only. branch: when and how the
+    unconditional guidance branch is rebuilt from the conditional one; None for never.
     """
 
     name: str = "custom"
@@ -65,6 +77,10 @@ class CacheSchedule:
     warm_up: int = 1
     cool_down: int = 0
     longest_reuse: int | None = None
+    most_reuses: int | None = None
+    memory_cap: int | None = None
+    guidance: str = "apart"
+    branch: Reconstruct | None = None
 
     def __post_init__(self) -> None:
         if not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
@@ -72,8 +88,13 @@ class CacheSchedule:
         object.__setattr__(self, "rules", tuple(self.rules))
         _check_whole("warm_up", self.warm_up, 1)
         _check_whole("cool_down", self.cool_down, 0)
-        if self.longest_reuse is not None:
-            _check_whole("longest_reuse", self.longest_reuse, 1)
+        for name in ("longest_reuse", "most_reuses", "memory_cap"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1)
+        if self.guidance not in GUIDANCE:
+            raise ScheduleError(f"guidance must be one of {', '.join(GUIDANCE)}, not {self.guidance!r}")
+        if self.branch is not None:
+            _check_member("branch", self.branch, (Reconstruct,))
         if not isinstance(self.name, str) or not self.name:
             raise ScheduleError(f"name must be a non-empty string, not {self.name!r}")
 
@@ -85,6 +106,21 @@ class CacheSchedule:
     def needs_num_steps(self) -> bool:
         """True if a decision depends on how many steps the run will have."""
         return self.cool_down > 0 or any(rule.guard.needs_num_steps() for rule in self.rules)
+
+    @property
+    def adaptive(self) -> dict[int, AdaptiveGuard]:
+        """The rules whose guard measures something, by index."""
+        return {i: rule.guard for i, rule in enumerate(self.rules) if rule.guard.adaptive}  # type: ignore[misc]
+
+    @property
+    def windows(self) -> dict[int, tuple[float, float]]:
+        """The rules that may reuse between two timesteps only, by index."""
+        return {i: times for i, rule in enumerate(self.rules) if (times := rule.guard.timesteps) is not None}
+
+    @property
+    def needs_timestep(self) -> bool:
+        """True if a decision depends on the timestep's value."""
+        return bool(self.windows) or self.branch is not None
 
     @property
     def mask_length(self) -> int | None:
@@ -108,7 +144,7 @@ class CacheSchedule:
                 "make it again with this library, or install the library that wrote it"
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
-        return _decode_into(cls, fields, "schedule", {"rules": _decode_rules})
+        return _decode_into(cls, fields, "schedule", {"rules": _decode_rules, "branch": _decode_branch})
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -176,13 +212,18 @@ def _decode_kind(data: Any, kinds: tuple[type, ...], what: str) -> Any:
     if data["kind"] not in names:
         raise ScheduleError(f"unknown {what} {data['kind']!r}{nearest(str(data['kind']), names)}")
     body = {key: value for key, value in data.items() if key != "kind"}
-    return _decode_into(names[data["kind"]], body, f"{what} {data['kind']!r}")
+    nested = {"of": lambda value: _decode_kind(value, REFERENCES, "quantity")}
+    return _decode_into(names[data["kind"]], body, f"{what} {data['kind']!r}", nested)
 
 
 def _decode_rules(data: Any) -> tuple[Rule, ...]:
     if not isinstance(data, (list, tuple)):
         raise ScheduleError(f"rules must be a list of rules, not {data!r}")
     return tuple(_decode_rule(entry) for entry in data)
+
+
+def _decode_branch(data: Any) -> Reconstruct | None:
+    return None if data is None else _decode_kind(data, (Reconstruct,), "branch")
 
 
 def _decode_rule(data: Any) -> Rule:

@@ -47,17 +47,29 @@ class Trunk:
 class Blocks:
     """A transformer's blocks but the first and last few; with `each`, every block is a region of its own.
 
-    Fractions count from the whole: `Blocks(first=0.5)` is the rear half.
+    Fractions count from the whole: `Blocks(first=0.5)` is the rear half. tail: so many blocks at the end form a region
+    of their own.
     """
 
     kind: ClassVar[str] = "blocks"
     first: Count = 1
     last: Count = 0
     each: bool = False
+    tail: int = 0
 
     def __post_init__(self) -> None:
         check_count(self.first, "first")
         check_count(self.last, "last")
+        check_count(self.tail, "tail")
+        if self.each and self.tail:
+            raise ScheduleError("with each=True every block is a region of its own: leave tail out")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The whole model as one region: a reuse step computes nothing but the forecast of its outputs."""
+
+    kind: ClassVar[str] = "whole"
 
 
 @dataclass(frozen=True)
@@ -137,5 +149,5 @@ def _check_branch(branch: int) -> None:
         raise ScheduleError(f"branch must be a whole number from 0, not {branch!r}")
 
 
-Selection = Trunk | Blocks | Scale | Sublayers | Modules | Listed
-SELECTIONS: tuple[type, ...] = (Trunk, Blocks, Scale, Sublayers, Modules, Listed)
+Selection = Trunk | Blocks | Whole | Scale | Sublayers | Modules | Listed
+SELECTIONS: tuple[type, ...] = (Trunk, Blocks, Whole, Scale, Sublayers, Modules, Listed)

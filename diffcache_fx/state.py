@@ -6,7 +6,8 @@ decide inside the graph move the history themselves (newest first); for them slo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +23,7 @@ class RegionHistory:
         self.slots: list[list[torch.Tensor | None]] = [[None] * value.slots for value in region.cut]
         self.ages: list[int] = []  # slots, newest first
         self.positions: list[float] = []  # positions on the step axis, newest first
+        self.shared = False  # the newest value is the mean of the guidance branches already
 
     @property
     def filled(self) -> bool:
@@ -29,6 +31,7 @@ class RegionHistory:
 
     def refresh(self, values: Sequence[torch.Tensor], position: float) -> None:
         """Store freshly computed cut values in the oldest slot."""
+        self.shared = False
         if len(self.ages) < self.depth:
             slot = len(self.ages)
         else:
@@ -47,9 +50,15 @@ class RegionHistory:
             else:
                 slots[slot % len(slots)] = value
 
+    def take(self, values: Sequence[torch.Tensor]) -> None:
+        """Put what a guarded program returned into the slots, in order."""
+        supply = iter(values)
+        self.slots = [[next(supply) for _ in slots] for slots in self.slots]
+
     def shift(self, position: float | None) -> None:
         """Note that a guarded program has moved the history itself (position None: it was kept)."""
         if position is not None:
+            self.shared = False
             self.positions = [position, *self.positions][: self.depth]
         self.ages = list(range(len(self.positions)))
 
@@ -65,12 +74,59 @@ class RegionHistory:
         return sum(t.untyped_storage().nbytes() for slots in self.slots for t in slots if t is not None)
 
 
-class CacheState:
-    """The histories of all regions, for one context of one captured signature."""
+@dataclass
+class GuardState:
+    """What one adaptive guard carries from step to step.
 
-    def __init__(self, regions: Sequence[Region]) -> None:
+    numbers: its accumulators and counters, by name (on the host). kept: quantities of earlier steps, by name. pending:
+    signals of the step before that are still to be read, and whether that step refreshed. last: signals read last.
+    graph: everything, by input target, where the guard decides inside the graph.
+    """
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    pending: tuple[Reading, bool] | None = None
+    last: dict[str, float] = field(default_factory=dict)
+    graph: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (*self.kept.values(), *self.graph.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+class Reading:
+    """Scalars on their way to the host: copied at once, waited for when they are asked for."""
+
+    def __init__(self, signals: Mapping[str, torch.Tensor]) -> None:
+        """signals: 0-d tensors by name."""
+        self._names = list(signals)
+        self._event: torch.cuda.Event | None = None
+        self._values = torch.stack([value.float() for value in signals.values()]) if signals else torch.empty(0)
+        if self._values.device.type == "cuda":
+            there = torch.empty(self._values.shape, dtype=torch.float32, pin_memory=True)
+            there.copy_(self._values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            self._values = there
+
+    def get(self) -> dict[str, float]:
+        """The numbers, by name; waits for the copy if it is not done."""
+        if self._event is not None:
+            self._event.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
+
+class CacheState:
+    """The histories of all regions and the state of all guards, for one context of one captured signature."""
+
+    def __init__(self, regions: Sequence[Region], rules: Iterable[int] = ()) -> None:
+        """rules: the indices of those with an adaptive guard."""
         self.regions = regions
         self.histories = {region.name: RegionHistory(region) for region in regions}
+        self.guards = {rule: GuardState() for rule in rules}
+        self.difference: dict[str, torch.Tensor] = {}  # to the conditional branch: its low and high frequencies
+        self.emphasis = (1.0, 1.0)  # what these are multiplied by
 
     def missing(self) -> frozenset[str]:
         """Regions that were never refreshed in this generation and so cannot be reused."""
@@ -88,4 +144,5 @@ class CacheState:
 
     @property
     def nbytes(self) -> int:
-        return sum(history.nbytes for history in self.histories.values())
+        guards = sum(guard.nbytes for guard in self.guards.values())
+        return sum(history.nbytes for history in self.histories.values()) + guards

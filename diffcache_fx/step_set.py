@@ -3,16 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .plan import ProgramChoice, Reused
-from .program import InputKind, OutputKind, Region
+from .program import InputKind, Measured, OutputKind, Region
 from .state import CacheState
 
 if TYPE_CHECKING:
     from .export.lowered import Lowered
+
+Key = Reused | str
+# Programs beside those that refresh and reuse, by name.
+PROBE, DIFFERENCE, REBUILD = "probe", "difference", "rebuild"
+
+
+@dataclass
+class Feed:
+    """What a call of a program takes beside weights and cache state.
+
+    users: the caller's tensors, by leaf. rows: forecast weights [regions, slots]. predicates: by group. live: what the
+    probe program handed on, by node. kept: what guards keep, by target. force, moment: for guards in the graph.
+    """
+
+    users: Mapping[int, torch.Tensor]
+    rows: torch.Tensor | None = None
+    predicates: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    live: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    force: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    moment: torch.Tensor | None = None
+
+
+@dataclass
+class Results:
+    """What a program returned. users: the model's output tensors. states: by region, in declared order. Others by
+    target."""
+
+    users: list[torch.Tensor]
+    states: dict[str, list[torch.Tensor]]
+    signals: dict[str, torch.Tensor]
+    memory: dict[str, torch.Tensor]
+    live: dict[str, torch.Tensor]
+    decisions: dict[str, torch.Tensor]
 
 
 class StepSet:
@@ -26,16 +61,22 @@ class StepSet:
         weight: Mapping[str, float],
         parameters: Callable[[str], torch.Tensor],
         groups: Mapping[str, str] | None = None,
+        extra: Mapping[str, Lowered] | None = None,
+        measured: Sequence[Measured] = (),
     ) -> None:
-        """groups: for a branching program, the name of each region's predicate."""
+        """groups: for a branching program, the name of each region's predicate. extra: other programs by name: what
+        runs before the decision (PROBE), what works on the outputs of two guidance branches."""
         self.regions = tuple(regions)
-        self.lowered = dict(lowered)
+        self.lowered: dict[Key, Lowered] = dict(lowered.items())
+        self.lowered.update(extra or {})
         self.choice = choice
         self.weight = dict(weight)
         self.groups = dict(groups or {})
+        self.measured = {entry.rule: entry for entry in measured}
         self.branching = any(entry.branching for entry in self.lowered.values())
+        self.split = PROBE in self.lowered
         self._parameters = parameters
-        self._templates: dict[Reused, list[Any]] = {}
+        self._templates: dict[Key, list[Any]] = {}
         self._layout = {key: _Layout(entry) for key, entry in self.lowered.items()}
 
     def bind(self) -> None:
@@ -49,30 +90,19 @@ class StepSet:
 
         self._templates = {key: layout.template(lookup) for key, layout in self._layout.items()}
 
-    def run(
-        self,
-        key: Reused,
-        users: Mapping[int, torch.Tensor],
-        state: CacheState,
-        rows: torch.Tensor | None,
-        predicates: Mapping[str, torch.Tensor],
-    ) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
-        """Run one program; returns the user's outputs and, by region, the state it returned, in declared order."""
+    def run(self, key: Key, state: CacheState, feed: Feed) -> Results:
+        """Run one program."""
         layout = self._layout[key]
         args = self._templates[key].copy()
-        for position, leaf in layout.users:
-            args[position] = users[leaf]
-        for position, region, value, slot in layout.history:
-            args[position] = state.histories[region].slots[value][slot]
-        for position, _ in layout.rows:
-            args[position] = rows
-        for position, group in layout.predicates:
-            args[position] = predicates[group]
-        results = self.lowered[key].run(*args)
-        states: dict[str, list[torch.Tensor]] = {}
-        for position, region in layout.states:
-            states.setdefault(region, []).append(results[position])
-        return [results[position] for position in layout.outputs], states
+        layout.fill(args, state, feed)
+        return layout.sort(self.lowered[key].run(*args))
+
+    def memory(self, key: Key) -> Mapping[str, torch.Tensor]:
+        """Zeros for each kept quantity that a program takes, by target: what a generation starts from."""
+        blanks = self.lowered[key].blanks
+        return {
+            target: torch.zeros(shape, dtype=dtype, device=device) for target, (shape, dtype, device) in blanks.items()
+        }
 
 
 class _Layout:
@@ -80,27 +110,57 @@ class _Layout:
 
     def __init__(self, lowered: Lowered) -> None:
         self._lowered = lowered
-        self.users: list[tuple[int, int]] = []
-        self.history: list[tuple[int, str, int, int]] = []
-        self.rows: list[tuple[int, str]] = []
-        self.predicates: list[tuple[int, str]] = []
+        self._inputs: dict[InputKind, list[tuple[int, str]]] = {kind: [] for kind in InputKind}
         for position, entry in enumerate(lowered.inputs):
-            if entry.kind is InputKind.USER:
-                self.users.append((position, int(entry.target)))
-            elif entry.kind is InputKind.HISTORY:
-                region, value, slot = entry.target.rsplit("/", 2)
-                self.history.append((position, region, int(value), int(slot)))
-            elif entry.kind is InputKind.ROWS:
-                self.rows.append((position, entry.target))
-            elif entry.kind is InputKind.PREDICATE:
-                self.predicates.append((position, entry.target))
-        self.outputs = [i for i, output in enumerate(lowered.outputs) if output.kind is OutputKind.USER]
+            self._inputs[entry.kind].append((position, entry.target))
+        self._users = [(position, int(target)) for position, target in self._inputs[InputKind.USER]]
+        self._history = []
+        for position, target in self._inputs[InputKind.HISTORY]:
+            region, value, slot = target.rsplit("/", 2)
+            self._history.append((position, region, int(value), int(slot)))
+        self._outputs: dict[OutputKind, list[tuple[int, str]]] = {kind: [] for kind in OutputKind}
+        for position, output in enumerate(lowered.outputs):
+            self._outputs[output.kind].append((position, output.target))
         drop = 2 if lowered.branching else 1
-        self.states = [
-            (i, output.target.rsplit("/", drop)[0])
-            for i, output in enumerate(lowered.outputs)
-            if output.kind is OutputKind.STATE
-        ]
+        self._states = [(i, target.rsplit("/", drop)[0]) for i, target in self._outputs[OutputKind.STATE]]
+
+    def fill(self, args: list[Any], state: CacheState, feed: Feed) -> None:
+        """Put a call's tensors into their places."""
+        for position, leaf in self._users:
+            args[position] = feed.users[leaf]
+        for position, region, value, slot in self._history:
+            args[position] = state.histories[region].slots[value][slot]
+        for position, _ in self._inputs[InputKind.ROWS]:
+            args[position] = feed.rows
+        for position, _ in self._inputs[InputKind.MOMENT]:
+            args[position] = feed.moment
+        named = (
+            (InputKind.PREDICATE, feed.predicates),
+            (InputKind.LIVE, feed.live),
+            (InputKind.MEMORY, feed.kept),
+            (InputKind.FORCE, feed.force),
+        )
+        for kind, source in named:
+            for position, target in self._inputs[kind]:
+                args[position] = source[target]
+
+    def sort(self, results: Sequence[torch.Tensor]) -> Results:
+        """A program's results by kind."""
+        states: dict[str, list[torch.Tensor]] = {}
+        for position, region in self._states:
+            states.setdefault(region, []).append(results[position])
+
+        def named(kind: OutputKind) -> dict[str, torch.Tensor]:
+            return {target: results[position] for position, target in self._outputs[kind]}
+
+        return Results(
+            [results[position] for position, _ in self._outputs[OutputKind.USER]],
+            states,
+            named(OutputKind.SIGNAL),
+            named(OutputKind.MEMORY),
+            named(OutputKind.LIVE),
+            named(OutputKind.DECISION),
+        )
 
     def template(self, parameters: Callable[[str], torch.Tensor]) -> list[Any]:
         kinds = (InputKind.PARAMETER, InputKind.BUFFER)

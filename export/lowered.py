@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram
+from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram, size_hint
 
 Run = Callable[..., Sequence[torch.Tensor]]
 
@@ -21,15 +21,22 @@ class Lowered:
     outputs: tuple[Output, ...]
     constants: dict[str, torch.Tensor]
     reused: frozenset[str]
+    blanks: dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]] = field(default_factory=dict)
 
     @staticmethod
     def of(program: StepProgram, run: Run) -> Lowered:
-        return Lowered(run, program.inputs, program.outputs, program.constants, program.reused)
+        """blanks: shape, dtype and device of what guards keep, by target."""
+        blanks = {}
+        for node, entry in zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+            if entry.kind is InputKind.MEMORY:
+                value = node.meta["val"]
+                blanks[entry.target] = (tuple(size_hint(size) for size in value.shape), value.dtype, value.device)
+        return Lowered(run, program.inputs, program.outputs, program.constants, program.reused, blanks)
 
     @property
     def branching(self) -> bool:
         """True if the choice between refresh and reuse is made inside."""
-        return any(entry.kind is InputKind.PREDICATE for entry in self.inputs)
+        return any(entry.kind in (InputKind.PREDICATE, InputKind.FORCE) for entry in self.inputs)
 
     @property
     def user_outputs(self) -> int:

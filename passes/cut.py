@@ -197,28 +197,9 @@ def _cheapest(
 def _base(value: fx.Node, inside: set[fx.Node], changing: set[fx.Node], storage: str) -> fx.Node | None:
     """The value entering the region that `value` is a residual over: reached backwards through additions, or, where a
     residual is demanded, the last one of the same shape that `value` depends on."""
-    example = value_of(value)
-    if not isinstance(example, torch.Tensor) or not example.is_floating_point():
-        return None
-
-    def fits(node: fx.Node) -> bool:
-        other = value_of(node)
-        return node in changing and isinstance(other, torch.Tensor) and same_layout(other, example)
-
-    seen: set[fx.Node] = set()
-    queue = [value]
-    while queue:
-        node = queue.pop(0)
-        for source in _carried(node):
-            if source in seen:
-                continue
-            seen.add(source)
-            if source in inside:
-                queue.append(source)
-            elif fits(source):
-                return source
-    if storage != "residual":
-        return None
+    base = carried_from(value, inside, changing)
+    if base is not None or storage != "residual":
+        return base
     entering = []
     seen = {value}
     stack = [value]
@@ -229,9 +210,34 @@ def _base(value: fx.Node, inside: set[fx.Node], changing: set[fx.Node], storage:
             seen.add(source)
             if source in inside:
                 stack.append(source)
-            elif fits(source):
+            elif _fits(source, value, changing):
                 entering.append(source)
     return max(entering, default=None)
+
+
+def _fits(node: fx.Node, value: fx.Node, changing: set[fx.Node]) -> bool:
+    """Whether a node can be subtracted from a floating `value`."""
+    other, example = value_of(node), value_of(value)
+    both = isinstance(other, torch.Tensor) and isinstance(example, torch.Tensor)
+    return both and example.is_floating_point() and node in changing and same_layout(other, example)
+
+
+def carried_from(value: fx.Node, inside: set[fx.Node], changing: set[fx.Node]) -> fx.Node | None:
+    """The value outside that `value` was added onto, of the same shape, reached backwards through additions inside;
+    None where the graph shows none. changing: the nodes that may differ from step to step."""
+    seen: set[fx.Node] = set()
+    queue = [value]
+    while queue:
+        node = queue.pop(0)
+        for source in _carried(node):
+            if source in seen:
+                continue
+            seen.add(source)
+            if source in inside:
+                queue.append(source)
+            elif _fits(source, value, changing):
+                return source
+    return None
 
 
 def _carried(node: fx.Node) -> list[fx.Node]:

@@ -99,35 +99,45 @@ class StepFlops:
     over the nodes from which an output, or the state of a computed region, is still reached."""
 
     def __init__(self, program: StepProgram) -> None:
-        self._program = program
         nodes = program.named_nodes()
         self._results = [value for value in returned(program.graph) if isinstance(value, fx.Node)]
         self._cost = {node: flops_of(node) for node in program.graph.nodes}
         self._region = {nodes[name]: region.name for region in program.regions for name in region.nodes}
-        self._cuts = {
-            region.name: [nodes[name] for value in region.cut for name in (value.node, value.base) if name]
+        # A cut value's region, and the fresh value its forecast is added to, if it is kept as a residual.
+        self._cut = {
+            nodes[value.node]: (region.name, nodes[value.base] if value.base else None)
             for region in program.regions
+            for value in region.cut
         }
-        self._base = {
-            nodes[value.node]: nodes[value.base] for region in program.regions for value in region.cut if value.base
-        }
+        self._verified = {name for entry in program.measured for name in entry.checks}
 
     def __call__(self, reused: frozenset[str]) -> int:
         seen: set[fx.Node] = set()
-        stack = [*self._results, *(n for name, cut in self._cuts.items() if name not in reused for n in cut)]
+        stack: list[fx.Node] = []
+
+        def use(source: fx.Node, user: str | None) -> None:
+            """`user`: the region of the node that reads `source`."""
+            region, base = self._cut.get(source, (None, None))
+            if region is not None and region in reused and user != region:
+                if base is not None:
+                    use(base, user)
+            elif source not in seen:
+                seen.add(source)
+                stack.append(source)
+
+        for value in self._results:
+            use(value, None)
+        for node, (name, base) in self._cut.items():
+            if name not in reused or name in self._verified:
+                use(node, name)  # returned as state, or computed to be compared with its forecast
+                if base is not None:
+                    use(base, name)
         total = 0
         while stack:
             node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if self._region.get(node) in reused:
-                # Only reached from outside, so a cut value: it comes from the cache, plus its fresh base if it has one.
-                base = self._base.get(node)
-                stack += [base] if base is not None else []
-                continue
             total += self._cost[node]
-            stack += node.all_input_nodes
+            for source in node.all_input_nodes:
+                use(source, self._region.get(node))
         return total
 
 

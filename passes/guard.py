@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from diffcache_fx.errors import RegionError
 from diffcache_fx.program import StepProgram
 
+from .decide import Control
+from .guard_adaptive import guard_adaptive
 from .guard_regions import guard_regions
 from .guard_step import guard_step
 
@@ -22,7 +25,8 @@ class InsertGuards:
     2. A single group becomes one conditional over two whole steps; its regions may be any sets of nodes.
     3. Several groups become one conditional per region, sharing their group's predicate; there each region must be
        convex: no path may leave it and come back.
-    4. History moves by one slot at a refresh (newest first) and stays at a reuse. Branches return nothing they were
+    4. With `control` the graph measures the signal and decides by itself; a single group, as in rule 2.
+    5. History moves by one slot at a refresh (newest first) and stays at a reuse. Branches return nothing they were
        given: what passes through is cloned. Parameters are operands of the branches.
 
     Before:  a = block0(x); b = block1(a); return head(b)
@@ -32,9 +36,17 @@ class InsertGuards:
     """
 
     groups: tuple[tuple[str, ...], ...] | None = None
+    control: Control | None = None
 
     def __call__(self, program: StepProgram) -> StepProgram:
         groups = self.groups or (tuple(region.name for region in program.regions),)
+        if self.control is not None:
+            if len(groups) > 1:
+                raise RegionError(
+                    "an adaptive guard decides in the graph for all regions at once, and this schedule has "
+                    f"{len(groups)} groups: use decide='host', or a schedule of one rule"
+                )
+            return guard_adaptive(program, self.control)
         if len(groups) == 1 and len(groups[0]) == len(program.regions):
             return guard_step(program)
         return guard_regions(program, {name: group_name(group) for group in groups for name in group})

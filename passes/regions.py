@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from diffcache_fx.errors import RegionError, nearest
-from diffcache_fx.program import Region, StepProgram, module_path, value_of
-from diffcache_fx.selection import Blocks, Listed, Modules, Scale, Selection, Sublayers, Trunk, absolute
+from diffcache_fx.program import Region, StepProgram, module_path, returned, value_of
+from diffcache_fx.selection import Blocks, Listed, Modules, Scale, Selection, Sublayers, Trunk, Whole, absolute
 
 from .reach import Reach, varying
 from .scales import find_scales, is_unet
@@ -82,6 +82,8 @@ def _select(program: StepProgram, selection: Selection, reach: Reach) -> Found:
         return _blocks(program, Blocks(selection.first, selection.last), reach)
     if isinstance(selection, Blocks):
         return _blocks(program, selection, reach)
+    if isinstance(selection, Whole):
+        return _whole(program, reach)
     if isinstance(selection, Scale):
         return _scale(program, selection.branch, reach)
     if isinstance(selection, Sublayers):
@@ -113,9 +115,24 @@ def _blocks(program: StepProgram, selection: Blocks, reach: Reach) -> Found:
     trunk = _trunk(program, reach, selection.first, selection.last)
     if selection.each:
         return [(block.path, set(block.nodes), (block.path,)) for block in trunk]
-    nodes = [node for block in trunk for node in block.nodes]
-    name = trunk[0].path if len(trunk) == 1 else f"{trunk[0].path}..{trunk[-1].path}"
-    return [(name, set(reach.members(reach.between(nodes))), tuple(block.path for block in trunk))]
+    if len(trunk) <= selection.tail:
+        raise RegionError(f"tail={selection.tail} leaves no block before it: {len(trunk)} are selected in all")
+    parts = [trunk[: len(trunk) - selection.tail], trunk[len(trunk) - selection.tail :]]
+    found: Found = []
+    taken: set[fx.Node] = set()
+    for part in filter(None, parts):
+        nodes = set(reach.members(reach.between([node for block in part for node in block.nodes]))) - taken
+        taken |= nodes
+        name = part[0].path if len(part) == 1 else f"{part[0].path}..{part[-1].path}"
+        found.append((name, nodes, tuple(block.path for block in part)))
+    return found
+
+
+def _whole(program: StepProgram, reach: Reach) -> Found:
+    """Everything the outputs are computed from."""
+    results = [value for value in returned(program.graph) if isinstance(value, fx.Node)]
+    nodes = reach.members(reach.bits(results) | reach.ancestors(results))
+    return [("model", set(nodes), ())]
 
 
 def _scale(program: StepProgram, branch: int, reach: Reach) -> Found:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from diffcache_fx.adaptive import relative_l1
 from diffcache_fx.errors import RegionError, nearest
 from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram, output_node, returned
 
@@ -23,6 +24,7 @@ from .emit import (
     to_stored,
     weighted_sum,
 )
+from .inline import inline
 from .purity import eliminate_dead
 
 
@@ -35,6 +37,8 @@ class Specialize:
        stored as a residual. The region's nodes die, and with them what only fed them, down to the parameters.
     2. A computed region's cut is returned as state; the fresh value itself flows on, so refreshing is exact.
     3. State is returned contiguous and in memory of its own; no output aliases the cache.
+    4. A region whose forecast is verified (`program.measured`) is computed all the same, on what enters it at this
+       step; nothing but the SIGNAL output "rule/error", the relative L1 difference to the forecast, uses the result.
 
     Before:  a = block0(x); b = block1(a); return head(b)                       region: block1, cut: b
     After:   reused={}:        ...; return head(b), b
@@ -81,6 +85,8 @@ class Specialize:
             inputs.append(Input(InputKind.ROWS, rows.name, "rows"))
             held.add(rows)
 
+        checked = {name: entry.rule for entry in program.measured for name in entry.checks}
+        verified: dict[str, tuple[fx.Node, fx.Node]] = {}
         for region in reused:
             inside = {nodes[name] for name in region.nodes}
             for index, value in enumerate(region.cut):
@@ -99,11 +105,18 @@ class Specialize:
                     delete_user_cb=lambda user, inside=inside: user not in inside,  # type: ignore[misc]
                 )
                 nodes[value.node] = filled
+                if region.name in checked and index == 0:
+                    verified[region.name] = (filled, fresh)
 
         users = [value for value in returned(graph) if isinstance(value, fx.Node)]
         states: list[fx.Node] = []
         outputs = list(program.outputs)
         with graph.inserting_before(output_node(graph)):
+            for name, rule in checked.items():
+                fresh = nodes[program.region(name).cut[0].node]
+                pair = verified.get(name, (fresh, fresh))
+                users.append(inline(graph, lambda values: relative_l1(*values), list(pair)))
+                outputs.append(Output(OutputKind.SIGNAL, f"{rule}/error"))
             for region in program.regions:
                 if region.name in self.reused:
                     continue

@@ -14,6 +14,7 @@ from diffcache_fx.program import InputKind, OutputKind, StepProgram, returned
 from .aliasing import root_of
 from .purity import mutates
 
+_DECIDING = (InputKind.PREDICATE, InputKind.FORCE)
 _cond = torch.ops.higher_order.cond
 
 
@@ -91,7 +92,7 @@ def _branch_faults(module: fx.GraphModule, node: fx.Node) -> Iterator[str]:
 
 
 def _state_faults(program: StepProgram, results: tuple[fx.Node, ...]) -> Iterator[str]:
-    guarded = any(entry.kind is InputKind.PREDICATE for entry in program.inputs)
+    guarded = any(entry.kind in _DECIDING for entry in program.inputs)
     given = {entry.target for _, entry in program.inputs_of(InputKind.HISTORY)}
     made = {entry.target for _, entry in program.outputs_of(OutputKind.STATE)}
     if guarded and given != made:
@@ -108,7 +109,7 @@ def _state_faults(program: StepProgram, results: tuple[fx.Node, ...]) -> Iterato
 
 
 def _region_faults(program: StepProgram) -> Iterator[str]:
-    if program.reused or any(entry.kind is InputKind.PREDICATE for entry in program.inputs):
+    if program.reused or any(entry.kind in _DECIDING for entry in program.inputs):
         return  # the region's own nodes may be gone by design
     nodes = {node.name for node in program.graph.nodes}
     seen: dict[str, str] = {}

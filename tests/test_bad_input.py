@@ -282,7 +282,7 @@ def test_counts_among_the_options(name: str, value: Any) -> None:
 
 
 def test_unknown_options() -> None:
-    with pytest.raises(CacheError, match="'host' or 'graph'"):
+    with pytest.raises(CacheError, match="'host', 'graph' or 'lagged'"):
         compiled(decide="gpu")
     with pytest.raises(CacheError, match=r"eager backend takes no options.*max_autotune"):
         compiled(max_autotune=True)(*CALL)

@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from bench.zoo import CORE, tensors
-from diffcache_fx import Blocks, Scale, Sublayers, Trunk, compile_with_cache, schedules
+from diffcache_fx import Blocks, Linear, Scale, Sublayers, Trunk, compile_with_cache, schedules
 from diffcache_fx.program import InputKind, StepProgram, returned
 
 from .conftest import Sample, equal, history, hold_rows, run, sample, steps_of, storages, worst
@@ -273,7 +273,7 @@ def test_reusing_every_second_step_differs_there_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["plain-mlp", "plain-dit-shared-adaln", "DiTTransformer2DModel", "plain-unet"])
 def test_what_the_caller_does_to_an_output_does_not_reach_the_cache(name: str, decide: str) -> None:
     calls = steps_of(sample(name).entry, 5)
-    schedule = schedules.interval(3, forecast=schedules.Linear())
+    schedule = schedules.interval(3, forecast=Linear())
     expected = generate(cached(name, schedule, decide=decide), calls)
     denoiser = cached(name, schedule, decide=decide)
     got = []
@@ -290,7 +290,7 @@ def test_what_the_caller_does_to_an_output_does_not_reach_the_cache(name: str, d
 def test_two_contexts_are_two_generations(name: str) -> None:
     entry = sample(name).entry
     first, second = steps_of(entry, 6, seed=0), steps_of(entry, 6, seed=1)
-    schedule = schedules.interval(3, forecast=schedules.Linear())
+    schedule = schedules.interval(3, forecast=Linear())
     alone = [generate(cached(name, schedule), calls) for calls in (first, second)]
     denoiser = cached(name, schedule)
     mixed: list[list[list[torch.Tensor]]] = [[], []]
@@ -321,7 +321,7 @@ def test_two_threads_share_nothing() -> None:
     name = "plain-dit-shared-adaln"
     entry = sample(name).entry
     runs = [steps_of(entry, 8, seed=seed) for seed in range(4)]
-    schedule = schedules.interval(3, forecast=schedules.Linear())
+    schedule = schedules.interval(3, forecast=Linear())
     alone = [generate(cached(name, schedule), calls) for calls in runs]
     denoiser = cached(name, schedule)
     got: dict[int, Any] = {}
@@ -350,7 +350,7 @@ def test_two_threads_share_nothing() -> None:
 def test_an_exception_leaves_nothing_stale(name: str, decide: str) -> None:
     entry = sample(name).entry
     first, second = steps_of(entry, 6, seed=0), steps_of(entry, 6, seed=1)
-    schedule = schedules.interval(3, forecast=schedules.Linear())
+    schedule = schedules.interval(3, forecast=Linear())
     expected = generate(cached(name, schedule, decide=decide), second)
     denoiser = cached(name, schedule, decide=decide)
     generate(denoiser, first[:4])  # a pipeline that raises between two calls never resets

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffcache_fx import CachedDenoiser, CacheWarning, CallError, Trunk, compile_with_cache, schedules
+from diffcache_fx import CachedDenoiser, CacheWarning, CallError, Linear, Trunk, compile_with_cache, schedules
 from diffcache_fx.recognition import Arguments, Hints, Recognizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,7 +145,7 @@ def test_a_reversal_recomputes_and_so_does_the_step_after_it() -> None:
 
 def test_a_reversal_forgets_the_history_of_forecasts() -> None:
     """A linear forecast after a reversal must not draw its line through the generation before."""
-    schedule = schedules.interval(2, forecast=schedules.Linear(), warm_up=2)
+    schedule = schedules.interval(2, forecast=Linear(), warm_up=2)
     cached = compile_with_cache(MODEL, schedule, backend="eager")
     times = (900.0, 700.0, 800.0, 600.0, 400.0)
     for seed, t in enumerate(times[:2]):

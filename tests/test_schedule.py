@@ -82,9 +82,18 @@ def test_schedules_are_frozen() -> None:
         schedules.interval(2).warm_up = 3  # type: ignore[misc]
 
 
+# What factories cannot do without.
+NEEDED: dict[str, dict[str, Any]] = {
+    "mask": {"bits": [1, 0]},
+    "block_cache": {"bits": [[1, 1], [1, 0]]},
+    "smooth_cache": {"attention": [1, 0]},
+    "l2p": {"rows": [[1.0], [1.0]]},
+}
+
+
 @pytest.mark.parametrize("name", schedules.list())
 def test_every_factory_by_name(name: str) -> None:
-    options: dict[str, Any] = {"bits": [1, 0]} if name == "mask" else {}
+    options: dict[str, Any] = NEEDED.get(name, {})
     schedule = schedules.get(name, **options)
     assert schedule.name == name
     assert getattr(schedules, name)(**options) == schedule

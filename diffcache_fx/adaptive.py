@@ -1,0 +1,327 @@
+"""Adaptive guards: a signal measured in the graph decides, step by step, whether to refresh.
+
+A guard says which reference quantities it looks at (`references`), which of them it keeps from earlier steps (`kept`),
+what it measures from them (`before` the decision, `after` the step; torch code, traced into the step program), and how
+the decision follows from the measured numbers (`decide`, `settle`). The last two are written once for both places a
+decision is taken in: they run on Python floats on the host, and on 0-d tensors inside the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from .arithmetic import Number, at_least, both, divide, either, where
+from .errors import ScheduleError
+from .references import BlocksOutput, Latents, ModelOutput, Reference, TrunkInput
+
+Tensors = Mapping[str, torch.Tensor]
+Numbers = Mapping[str, Number]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a reference quantity: that of the last step (when="step"), or of the last refreshed step (when=
+    "refresh"); with `of` naming another kept quantity, what that one was before it was replaced."""
+
+    of: str
+    when: str = "refresh"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """refresh: bool, or a bool scalar in the graph. signal: what was compared with `limit`. memory: the numbers that
+    the guard carries to the next step."""
+
+    refresh: Number | bool
+    signal: Number
+    limit: Number
+    memory: dict[str, Number]
+
+
+def mean_abs(value: torch.Tensor) -> torch.Tensor:
+    """Mean absolute value, float32 scalar."""
+    return value.float().abs().mean()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference, float32 scalar."""
+    return mean_abs(a.float() - b.float())
+
+
+def relative_l1(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """mean |now - before| / mean |before|, float32 scalar; 0 where `before` is all zero."""
+    return divide(distance(now, before), mean_abs(before))  # type: ignore[return-value]
+
+
+def polynomial(coefficients: Sequence[float], x: Number) -> Number:
+    """Highest power first, by Horner's rule; without coefficients, x itself."""
+    if not coefficients:
+        return x
+    total: Number = coefficients[0]
+    for coefficient in coefficients[1:]:
+        total = total * x + coefficient
+    return total
+
+
+def check_threshold(value: float, what: str = "threshold") -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0 or math.isinf(value):
+        raise ScheduleError(f"{what} must be a finite number from 0 (0 = never reuse), not {value!r}")
+
+
+class Adaptive:
+    """What adaptive guards share: nothing is decided ahead, and by default nothing is measured after the step."""
+
+    kind: ClassVar[str]
+    adaptive: ClassVar[bool] = True
+    timesteps: ClassVar[None] = None
+    threshold: float
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> dict[str, Kept]:
+        return {}
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Numbers that go from step to step, 0 at the start of a generation."""
+        return ()
+
+    @property
+    def checks(self) -> bool:
+        """Whether the reuse program also computes the regions anew, to compare them with their forecast."""
+        return False
+
+    def before(self, now: Tensors, kept: Tensors) -> dict[str, torch.Tensor]:
+        """Signals, 0-d float32, from the reference quantities of this step and the kept ones."""
+        return {}
+
+    def after(self, now: Tensors, kept: Tensors) -> dict[str, torch.Tensor]:
+        """Signals that need what the step returned."""
+        return {}
+
+    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
+        """measured: what `before` returned. memory: the carried numbers, and "refreshes" (so far). force: refresh in
+        any case. moment: number of the step, share of the run that lies behind it."""
+        raise NotImplementedError
+
+    def settle(self, measured: Numbers, memory: dict[str, Number], refreshed: Number | bool) -> dict[str, Number]:
+        """The carried numbers after the step. measured: what `after` returned, and "error" where `checks`."""
+        return memory
+
+    def needs_num_steps(self) -> bool:
+        return False
+
+    def refresh(self, step: int, num_steps: int | None, region: int, warm_up: int) -> bool:
+        """Nothing is known ahead: every step after warm-up may be reused."""
+        return False
+
+
+@dataclass(frozen=True)
+class RelativeChange(Adaptive):
+    """Reuse while the relative change of one quantity, mean |p - p'| / mean |p'|, stays below the threshold.
+
+    of: the quantity p. since: p' is that of the last refreshed step ("refresh"; FBCache, DBCache) or of the step before
+    ("step"; TeaCache, DiCache). accumulate: the changes since the last refresh are added up. coefficients: of a
+    polynomial that each change goes through first, highest power first (TeaCache).
+
+    FBCache: ParaAttention (Cheng, 2024). TeaCache: Liu et al., CVPR 2025, arXiv 2411.19108.
+    """
+
+    kind: ClassVar[str] = "relative_change"
+    of: Reference = field(default_factory=BlocksOutput)
+    threshold: float = 0.08
+    since: str = "refresh"
+    accumulate: bool = False
+    coefficients: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        if self.since not in ("refresh", "step"):
+            raise ScheduleError(f"since must be 'refresh' or 'step', not {self.since!r}")
+        if isinstance(self.of, ModelOutput):
+            raise ScheduleError("the model's output is known only after the decision: watch another quantity")
+        object.__setattr__(self, "coefficients", tuple(float(c) for c in self.coefficients))
+        if not all(math.isfinite(c) for c in self.coefficients):
+            raise ScheduleError(f"coefficients must be finite numbers, not {self.coefficients!r}")
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        return {"p": self.of}
+
+    @property
+    def kept(self) -> dict[str, Kept]:
+        return {"p": Kept("p", self.since)}
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ("total",) if self.accumulate else ()
+
+    def before(self, now: Tensors, kept: Tensors) -> dict[str, torch.Tensor]:
+        return {"change": relative_l1(now["p"], kept["p"])}
+
+    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
+        signal = polynomial(self.coefficients, measured["change"])
+        if self.accumulate:
+            signal = memory["total"] + signal
+        refresh = either(force, at_least(signal, self.threshold))
+        carried = {"total": where(refresh, 0.0, signal)} if self.accumulate else {}
+        return Verdict(refresh, signal, self.threshold, carried)
+
+
+@dataclass(frozen=True)
+class ProbeChange(Adaptive):
+    """DiCache (Bu et al., 2025): the first blocks are a probe; their output's relative change from step to step is
+    added up while reusing, and the residual is rescaled by how far the probe has moved (forecast `ProbeRatio`).
+
+    depth: blocks of the probe. minus_input: take |change of the probe's output - change of its input| instead.
+    The ratio is |p - p2| / |p1 - p2| with p the probe's residual now, p1 and p2 at the last two refreshed steps.
+    """
+
+    kind: ClassVar[str] = "probe_change"
+    threshold: float = 0.4
+    depth: int = 1
+    minus_input: bool = False
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        BlocksOutput(self.depth)
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        found: dict[str, Reference] = {
+            "y": BlocksOutput(self.depth, residual=False),
+            "p": BlocksOutput(self.depth, residual=True),
+        }
+        return {**found, "x": TrunkInput()} if self.minus_input else found
+
+    @property
+    def kept(self) -> dict[str, Kept]:
+        found = {"y": Kept("y", "step"), "p2": Kept("p1"), "p1": Kept("p")}
+        return {**found, "x": Kept("x", "step")} if self.minus_input else found
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ("total",)
+
+    def before(self, now: Tensors, kept: Tensors) -> dict[str, torch.Tensor]:
+        change = relative_l1(now["y"], kept["y"])
+        if self.minus_input:
+            change = (change - relative_l1(now["x"], kept["x"])).abs()
+        moved, apart = distance(now["p"], kept["p2"]), distance(kept["p1"], kept["p2"])
+        return {"change": change, "ratio": divide(moved, apart)}  # type: ignore[dict-item]
+
+    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
+        signal = memory["total"] + measured["change"]
+        refresh = either(force, at_least(signal, self.threshold))
+        return Verdict(refresh, signal, self.threshold, {"total": where(refresh, 0.0, signal)})
+
+
+@dataclass(frozen=True)
+class OutputChange(Adaptive):
+    """EasyCache (Zhou et al., 2025): the output's change is predicted from the input's and added up while reusing.
+
+    k = |v - v'| / |x - x'| between the last two refreshed steps; each step adds k |x - x_before| / |v'|, with x_before
+    the input of the step before and v' the output of the last refreshed step; |.| is the mean absolute value.
+    """
+
+    kind: ClassVar[str] = "output_change"
+    threshold: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        return {"x": Latents(), "v": ModelOutput()}
+
+    @property
+    def kept(self) -> dict[str, Kept]:
+        return {"x": Kept("x", "step"), "x_full": Kept("x"), "v_full": Kept("v")}
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ("total", "k", "norm")
+
+    def before(self, now: Tensors, kept: Tensors) -> dict[str, torch.Tensor]:
+        return {"moved": distance(now["x"], kept["x"])}
+
+    def after(self, now: Tensors, kept: Tensors) -> dict[str, torch.Tensor]:
+        k = divide(distance(now["v"], kept["v_full"]), distance(now["x"], kept["x_full"]))
+        return {"k": k, "norm": mean_abs(now["v"])}  # type: ignore[dict-item]
+
+    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
+        signal = memory["total"] + memory["k"] * divide(measured["moved"], memory["norm"])
+        unknown = at_least(1.5, memory["refreshes"])  # k needs two refreshed steps
+        refresh = either(either(force, unknown), at_least(signal, self.threshold))
+        carried = {"total": where(refresh, 0.0, signal), "k": memory["k"], "norm": memory["norm"]}
+        return Verdict(refresh, signal, self.threshold, carried)
+
+    def settle(self, measured: Numbers, memory: dict[str, Number], refreshed: Number | bool) -> dict[str, Number]:
+        return {name: where(refreshed, measured[name], memory[name]) for name in ("k", "norm")} | {
+            "total": memory["total"]
+        }
+
+
+@dataclass(frozen=True)
+class DraftError(Adaptive):
+    """SpeCa (Liu et al., 2025, arXiv 2509.11628): draft by forecast, verify by computing the last region of the rule on
+    its forecast input; a relative L1 error of at least tau makes the next step a full one.
+
+    tau = max(threshold * decay**progress, floor), progress = share of the run that lies behind. least: drafts in a row
+    that are trusted unseen. The error here is mean |forecast - computed| / mean |computed|; the authors' code averages
+    the relative errors of the elements, which small ones dominate.
+    """
+
+    kind: ClassVar[str] = "draft_error"
+    threshold: float = 0.1
+    decay: float = 0.01
+    floor: float = 0.01
+    least: int = 2
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        check_threshold(self.floor, "floor")
+        if not 0.0 < self.decay <= 1.0:
+            raise ScheduleError(f"decay must be a number above 0 and at most 1, not {self.decay!r}")
+        if not isinstance(self.least, int) or isinstance(self.least, bool) or self.least < 0:
+            raise ScheduleError(f"least must be a whole number of steps from 0, not {self.least!r}")
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        return {}
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ("error", "drafts")
+
+    @property
+    def checks(self) -> bool:
+        return True
+
+    def needs_num_steps(self) -> bool:
+        return self.decay != 1.0
+
+    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
+        tau = self.threshold * self.decay ** moment[1]
+        tau = where(at_least(tau, self.floor), tau, self.floor)
+        counts = at_least(memory["drafts"], float(self.least + 1))
+        refresh = either(force, both(counts, at_least(memory["error"], tau)))
+        return Verdict(refresh, memory["error"], tau, {name: memory[name] for name in self.carried})
+
+    def settle(self, measured: Numbers, memory: dict[str, Number], refreshed: Number | bool) -> dict[str, Number]:
+        return {
+            "error": where(refreshed, 0.0, measured["error"]),
+            "drafts": where(refreshed, 0.0, memory["drafts"] + 1.0),
+        }
+
+
+AdaptiveGuard = RelativeChange | ProbeChange | OutputChange | DraftError
+ADAPTIVE: tuple[type, ...] = (RelativeChange, ProbeChange, OutputChange, DraftError)

@@ -1,0 +1,55 @@
+"""Writing torch code into a graph: a function of tensors is traced on the example values and its operators copied
+in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from diffcache_fx.errors import VerificationError
+
+from .emit import fake_mode_of
+from .purity import eliminate_dead
+
+
+def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[str, fx.Node] | list[fx.Node]) -> Any:
+    """Add, at the graph's insertion point, what `function` computes from nodes; returns its result with nodes in place
+    of tensors.
+
+    arguments: dictionaries or lists of nodes, given to the function as the same containers of tensors. The function may
+    branch on Python values only, and must make no tensors of constants.
+    """
+    leaves, spec = pytree.tree_flatten(list(arguments))
+    shape: list[pytree.TreeSpec] = []
+    plain: list[Any] = []
+
+    def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        results = function(*pytree.tree_unflatten(list(tensors), spec))
+        values, structure = pytree.tree_flatten(results)
+        shape.append(structure)
+        plain.append(values)
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
+    with fake_mode_of(graph), torch.no_grad():
+        traced = make_fx(flat, tracing_mode="real")(*(node.meta["val"] for node in leaves))
+    eliminate_dead(traced.graph)
+    memo: dict[fx.Node, fx.Node] = {}
+    supply = iter(leaves)
+    result: list[fx.Node] = []
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            memo[node] = next(supply)
+        elif node.op == "call_function":
+            memo[node] = graph.node_copy(node, memo.__getitem__)
+        elif node.op == "output":
+            result = [memo[value] for value in node.args[0]]
+        else:
+            raise VerificationError(f"{getattr(function, '__qualname__', function)} makes a tensor of its own: {node}")
+    given = iter(result)
+    values = [next(given) if isinstance(value, torch.Tensor) else value for value in plain[-1]]
+    return pytree.tree_unflatten(values, shape[-1])
