@@ -109,7 +109,7 @@ class Adaptive:
 
     def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
         """measured: what `before` returned. memory: the carried numbers, and "refreshes" (so far). force: refresh in
-        any case. moment: number of the step, share of the run that lies behind it."""
+        any case. moment: number of the step, share of the run that it completes."""
         raise NotImplementedError
 
     def settle(self, measured: Numbers, memory: dict[str, Number], refreshed: Number | bool) -> dict[str, Number]:
@@ -275,7 +275,7 @@ class DraftError(Adaptive):
     """SpeCa (Liu et al., 2025, arXiv 2509.11628): draft by forecast, verify by computing the last region of the rule on
     its forecast input; a relative L1 error of at least tau makes the next step a full one.
 
-    tau = max(threshold * decay**progress, floor), progress = share of the run that lies behind. least: drafts in a row
+    tau = max(threshold * decay**progress, floor), progress = share of the run that the step completes. least: drafts in a row
     that are trusted unseen. The error here is mean |forecast - computed| / mean |computed|; the authors' code averages
     the relative errors of the elements, which small ones dominate.
     """

@@ -123,7 +123,7 @@ class Controller:
         turn = Turn(allowed, self.lagged)
         if not self.guards:
             return turn
-        moment = (float(place.step), place.step / total if total else 0.0)
+        moment = (float(place.step), (place.step + 1) / total if total else 0.0)
         for index, guard in self.guards.items():
             regions = frozenset(region.name for region in steps.regions if region.rule == index)
             if not regions:

@@ -255,7 +255,7 @@ class Driver:
         forced = not allowed
         device = steps.regions[0].cut[0].device
         total = self._total(place)
-        moment = (float(place.step), place.step / total if total else 0.0)
+        moment = (float(place.step), (place.step + 1) / total if total else 0.0)
         feed.moment = torch.tensor(moment, dtype=torch.float32, device=device)
         feed.force = {str(rule): self._flags[forced].to(device)}
         feed.kept = guard.graph

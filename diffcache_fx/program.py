@@ -31,7 +31,7 @@ class InputKind(enum.Enum):
     MEMORY = "memory"  # target: "rule/name": what an adaptive guard keeps from step to step
     LIVE = "live"  # target: a node of the full program: what the probe program has computed at this step
     FORCE = "force"  # target: "rule": bool scalar, True = refresh whatever the guard in the graph says
-    MOMENT = "moment"  # float32 [2]: the number of the step, and the share of the run that lies behind it
+    MOMENT = "moment"  # float32 [2]: the number of the step, and the share of the run that it completes
 
 
 class OutputKind(enum.Enum):
