@@ -5,10 +5,11 @@ cache-guarded subgraphs, and lowers the result.
 
     from diffcache_fx import compile_with_cache, schedules
 
-    pipe.transformer = compile_with_cache(pipe.transformer, schedules.interval(3))
+    pipe.transformer = compile_with_cache(pipe.transformer, schedules.first_block_cache(threshold=0.08))
 """
 
 from . import schedules
+from .adaptive import DraftError, OutputChange, ProbeChange, RelativeChange
 from .compile import compile_with_cache
 from .denoiser import CachedDenoiser
 from .errors import (
@@ -21,35 +22,75 @@ from .errors import (
     StaleProgramError,
     VerificationError,
 )
-from .forecasts import Hold, Linear
-from .guards import Always, Interval, Mask
+from .forecasts import (
+    Barycentric,
+    Binomial,
+    Damped,
+    Extrapolate,
+    FoCa,
+    Hermite,
+    Hold,
+    Lagrange,
+    Linear,
+    Newton,
+    ProbeRatio,
+    Rows,
+    Taylor,
+)
+from .guards import Always, Interval, Magnitude, Mask, Steps
+from .guidance import Reconstruct
+from .references import BlocksOutput, Latents, ModelOutput, ModulatedInput, TrunkInput
 from .schedule import CacheSchedule, Rule
-from .selection import Blocks, Listed, Modules, Scale, Sublayers, Trunk
+from .selection import Blocks, Listed, Modules, Scale, Sublayers, Trunk, Whole
 from .version import __version__
 
 __all__ = [
     "Always",
+    "Barycentric",
+    "Binomial",
     "Blocks",
+    "BlocksOutput",
     "CacheError",
     "CacheSchedule",
     "CacheWarning",
     "CachedDenoiser",
     "CallError",
     "CaptureError",
+    "Damped",
+    "DraftError",
+    "Extrapolate",
+    "FoCa",
+    "Hermite",
     "Hold",
     "Interval",
+    "Lagrange",
+    "Latents",
     "Linear",
     "Listed",
+    "Magnitude",
     "Mask",
+    "ModelOutput",
+    "ModulatedInput",
     "Modules",
+    "Newton",
+    "OutputChange",
+    "ProbeChange",
+    "ProbeRatio",
+    "Reconstruct",
     "RegionError",
+    "RelativeChange",
+    "Rows",
     "Rule",
     "Scale",
     "ScheduleError",
     "StaleProgramError",
+    "Steps",
     "Sublayers",
+    "Taylor",
     "Trunk",
+    "TrunkInput",
     "VerificationError",
+    "Whole",
     "__version__",
     "compile_with_cache",
     "schedules",

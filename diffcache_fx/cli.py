@@ -42,6 +42,7 @@ SCHEDULE_HELP = "a name, a name with options (interval:every=3,forecast=linear),
 Schedules = Annotated[list[str] | None, typer.Option("--schedule", "-s", help=SCHEDULE_HELP + "; repeatable")]
 Steps = Annotated[int, typer.Option(min=1, help="denoising steps of a generation")]
 Backend = Annotated[str, typer.Option(help="eager, inductor, or another torch.compile backend")]
+Decided = Annotated[str, typer.Option("--decide", help="where the decision is taken: host, graph or lagged")]
 _state = {"debug": False}
 
 
@@ -150,6 +151,7 @@ def bench(
     steps: Steps = 50,
     rounds: Annotated[int, typer.Option(min=1, help="generations of each contender")] = 5,
     backend: Backend = "inductor",
+    decide: Decided = "host",
     out: Annotated[Path | None, typer.Option(help="write everything measured as JSON")] = None,
 ) -> None:
     """Compare cached and uncached, compiled by the same backend: generations in turn, in one run.
@@ -171,7 +173,16 @@ def bench(
             assert target.inputs is not None
             workload = Calls(target.inputs, target.varies, steps)
         with bars() as told:
-            found = compare(model, target.module, schedules, workload, rounds=rounds, backend=backend, progress=told)
+            found = compare(
+                model,
+                target.module,
+                schedules,
+                workload,
+                rounds=rounds,
+                backend=backend,
+                decide=decide,  # type: ignore[arg-type]
+                progress=told,
+            )
         console.print(found.table())
         for row in found.rows[1:]:
             console.print(row.why, markup=False, highlight=False, soft_wrap=True)
@@ -185,17 +196,19 @@ def schedules() -> None:
     """List the schedules that can be named, and their options."""
     import inspect as inspection
 
-    from . import schedules as known
+    from .presets.methods import METHODS
 
     table = Table(title="schedules")
     table.add_column("name", style="bold")
+    table.add_column("class")
     table.add_column("options")
     table.add_column("what it does")
-    for name in known.list():
-        factory = getattr(known, name)
-        given = inspection.signature(factory).parameters.values()
-        text = " ".join((inspection.getdoc(factory) or "").partition("\n\n")[0].split())
-        table.add_row(name, ", ".join(_option(parameter) for parameter in given) or "-", text)
+    for method in sorted(METHODS, key=lambda method: method.name):
+        given = inspection.signature(method.factory).parameters.values()
+        text = " ".join((inspection.getdoc(method.factory) or "").partition("\n\n")[0].split())
+        table.add_row(
+            method.name, method.family, ", ".join(_option(parameter) for parameter in given) or "-", escape(text)
+        )
     console.print(table)
 
 

@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
-from .compile import compile_with_cache
+from .compile import Decide, compile_with_cache
 from .denoiser import CachedDenoiser
 from .measure import (
     CompilerUse,
@@ -198,6 +198,7 @@ def compare(
     *,
     rounds: int = 5,
     backend: str = "inductor",
+    decide: Decide = "host",
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure the uncached model under torch.compile and, for each schedule, the cached one: `rounds` generations each.
@@ -209,7 +210,7 @@ def compare(
     begin = time.perf_counter()
     contenders = [_prepare(BASELINE, module, None, workload, backend, told)]
     for title, schedule in schedules.items():
-        contenders.append(_prepare(title, module, schedule, workload, backend, told))
+        contenders.append(_prepare(title, module, schedule, workload, backend, told, decide))
     total, done = rounds * len(contenders) * workload.steps, 0
 
     def tick() -> None:
@@ -256,7 +257,13 @@ def compare(
 
 
 def _prepare(
-    title: str, module: nn.Module, schedule: CacheSchedule | None, workload: Workload, backend: str, told: Progress
+    title: str,
+    module: nn.Module,
+    schedule: CacheSchedule | None,
+    workload: Workload,
+    backend: str,
+    told: Progress,
+    decide: Decide = "host",
 ) -> _Contender:
     """Capture, compile and warm up one contender, so that what is timed later compiles nothing."""
     start = time.perf_counter()
@@ -267,7 +274,12 @@ def _prepare(
         else:
             told(f"capture {title}", 0, 1)
             cached: CachedDenoiser = compile_with_cache(
-                module, schedule, backend=backend, example_inputs=workload.example, num_steps=workload.steps
+                module,
+                schedule,
+                backend=backend,
+                example_inputs=workload.example,
+                num_steps=workload.steps,
+                decide=decide,
             )
             told(f"capture {title}", 1, 1)
             told(f"compile {title}", 0, 0)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
+from bench.readme import README, with_table
 from diffcache_fx import CacheError, CacheSchedule, Interval, Linear, Mask, ScheduleError, Sublayers, schedules
 from diffcache_fx.arguments import parse_schedule
 from diffcache_fx.cli import app
@@ -74,6 +75,31 @@ def test_schedules_lists_every_factory() -> None:
     for name in schedules.list():
         assert name in result.output
     assert "every=2" in result.output
+
+
+def test_the_readme_lists_every_method() -> None:
+    """Run `python -m bench.readme` where this fails."""
+    text = README.read_text()
+    assert with_table(text) == text
+    for name in schedules.list():
+        assert f"| `{name}` |" in text
+
+
+def test_what_is_written_in_brackets_is_shown() -> None:
+    assert "bits[step][block]" in " ".join(run("schedules").output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("decide", ["host", "graph", "lagged"])
+def test_bench_with_an_adaptive_guard(decide: str, factory: str) -> None:
+    options = ("--steps", "6", "--rounds", "1", "--backend", "eager", "--decide", decide)
+    result = run("bench", f"{factory}:varying", "-s", "easy_cache:threshold=9,warm_up=2", *options)
+    assert result.exit_code == 0, result.output
+    assert "threshold 9" in result.output
+
+
+def test_an_unknown_place_of_decision(factory: str) -> None:
+    text = failure("bench", f"{factory}:varying", "--decide", "elsewhere", "--steps", "2", "--rounds", "1", "--backend", "eager")
+    assert "'host', 'graph' or 'lagged'" in text
 
 
 def test_doctor() -> None:
