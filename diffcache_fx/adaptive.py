@@ -275,9 +275,9 @@ class DraftError(Adaptive):
     """SpeCa (Liu et al., 2025, arXiv 2509.11628): draft by forecast, verify by computing the last region of the rule on
     its forecast input; a relative L1 error of at least tau makes the next step a full one.
 
-    tau = max(threshold * decay**progress, floor), progress = share of the run that the step completes. least: drafts in a row
-    that are trusted unseen. The error here is mean |forecast - computed| / mean |computed|; the authors' code averages
-    the relative errors of the elements, which small ones dominate.
+    tau = max(threshold * decay**progress, floor), progress = share of the run that the step completes. least: drafts in
+    a row that are trusted unseen. The error here is mean |forecast - computed| / mean |computed|; the authors' code
+    averages the relative errors of the elements, which small ones dominate.
     """
 
     kind: ClassVar[str] = "draft_error"

@@ -98,7 +98,8 @@ def test_bench_with_an_adaptive_guard(decide: str, factory: str) -> None:
 
 
 def test_an_unknown_place_of_decision(factory: str) -> None:
-    text = failure("bench", f"{factory}:varying", "--decide", "elsewhere", "--steps", "2", "--rounds", "1", "--backend", "eager")
+    options = ("--steps", "2", "--rounds", "1", "--backend", "eager")
+    text = failure("bench", f"{factory}:varying", "--decide", "elsewhere", *options)
     assert "'host', 'graph' or 'lagged'" in text
 
 

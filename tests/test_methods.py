@@ -128,7 +128,8 @@ CASES: dict[str, Case] = {
 }
 # Under Inductor in `make test`: one of each form (straight programs, split at the decision, verified draft).
 FEW = ("taylor_seer", "first_block_cache", "speca")
-COMPILED = tuple(CASES) if os.environ.get("DIFFCACHE_FX_SWEEP") else FEW
+SWEEP = bool(os.environ.get("DIFFCACHE_FX_SWEEP"))  # `make sweep` compiles all of them
+COMPILED = tuple(CASES) if SWEEP else FEW
 ADAPTIVE = tuple(name for name, case in CASES.items() if case.schedule.adaptive)
 
 
@@ -314,6 +315,23 @@ def test_the_graph_decides_as_the_host_does(name: str) -> None:
     assert ours.reads == 0
     assert 0 < theirs.reads <= 2 * STEPS
     agree(got, expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES if SWEEP else ("first_block_cache", "speca"))
+def test_the_guarded_program_is_one_full_graph(name: str) -> None:
+    """The conditionals, and the decision of adaptive guards, inside: no graph break, and the same outputs."""
+    case = CASES[name]
+    expected = outputs_of(cached(case, decide="graph"), case, 6)
+    torch._dynamo.reset()
+
+    def whole(module: Any, examples: Any) -> Any:
+        return torch.compile(module, fullgraph=True, backend="inductor" if SWEEP else "eager")
+
+    model = model_of(case.model)
+    denoiser = compile_with_cache(
+        model, case.schedule, backend=whole, decide="graph", num_steps=STEPS, max_programs=None
+    )
+    agree(outputs_of(denoiser, case, 6), expected, 1e-3)
 
 
 NEVER = {
