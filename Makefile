@@ -7,7 +7,7 @@ TEST_STAMP := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test lint types sweep clean install
+.PHONY: help demo test lint types sweep methods clean install
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -15,8 +15,9 @@ help: ## what can be made
 demo: $(STAMP) ## draw digits uncached and cached, side by side, into demo-output/
 	$(BIN)/diffcache-fx demo
 
+# A process for each core, one thread each; tests of one file share what they capture.
 test: $(TEST_STAMP) ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(TEST_STAMP) ## ruff
 	$(BIN)/ruff check .
@@ -33,6 +34,9 @@ sweep: $(TEST_STAMP) ## what takes long: the whole corpus under Inductor, the co
 	$(BIN)/python -m bench.coverage --fresh
 	DIFFCACHE_FX_SWEEP=1 $(BIN)/python -m pytest --timeout 7200
 	$(BIN)/python -m bench.step
+
+methods: $(TEST_STAMP) ## every method on the demo model, quality against speed; hours, goes on where it was interrupted
+	$(BIN)/python -m bench.methods
 
 install: $(TEST_STAMP) ## the library, editable, with what the tests need
 

@@ -17,7 +17,7 @@ import torch
 
 from .arithmetic import Number, at_least, both, divide, either, where
 from .errors import ScheduleError
-from .references import BlocksOutput, Latents, ModelOutput, Reference, TrunkInput
+from .references import REFERENCES, BlocksOutput, Latents, ModelOutput, Reference, TrunkInput
 
 Tensors = Mapping[str, torch.Tensor]
 Numbers = Mapping[str, Number]
@@ -66,6 +66,15 @@ def polynomial(coefficients: Sequence[float], x: Number) -> Number:
     for coefficient in coefficients[1:]:
         total = total * x + coefficient
     return total
+
+
+def as_numbers(values: object) -> tuple[float, ...] | None:
+    """A list of plain numbers as floats; None for anything else."""
+    if not isinstance(values, (tuple, list)):
+        return None
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return None
+    return tuple(float(value) for value in values)
 
 
 def check_threshold(value: float, what: str = "threshold") -> None:
@@ -148,9 +157,13 @@ class RelativeChange(Adaptive):
             raise ScheduleError(f"since must be 'refresh' or 'step', not {self.since!r}")
         if isinstance(self.of, ModelOutput):
             raise ScheduleError("the model's output is known only after the decision: watch another quantity")
-        object.__setattr__(self, "coefficients", tuple(float(c) for c in self.coefficients))
-        if not all(math.isfinite(c) for c in self.coefficients):
-            raise ScheduleError(f"coefficients must be finite numbers, not {self.coefficients!r}")
+        coefficients = as_numbers(self.coefficients)
+        if coefficients is None or not all(math.isfinite(c) for c in coefficients):
+            raise ScheduleError(f"coefficients must be finite numbers, highest power first, not {self.coefficients!r}")
+        object.__setattr__(self, "coefficients", coefficients)
+        if not isinstance(self.of, REFERENCES):
+            names = ", ".join(kind.__name__ for kind in REFERENCES)
+            raise ScheduleError(f"of must be a quantity ({names}), not {self.of!r}")
 
     @property
     def references(self) -> dict[str, Reference]:
@@ -289,7 +302,7 @@ class DraftError(Adaptive):
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
         check_threshold(self.floor, "floor")
-        if not 0.0 < self.decay <= 1.0:
+        if as_numbers([self.decay]) is None or not 0.0 < self.decay <= 1.0:
             raise ScheduleError(f"decay must be a number above 0 and at most 1, not {self.decay!r}")
         if not isinstance(self.least, int) or isinstance(self.least, bool) or self.least < 0:
             raise ScheduleError(f"least must be a whole number of steps from 0, not {self.least!r}")

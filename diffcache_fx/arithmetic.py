@@ -25,6 +25,11 @@ def differs(a: Number, b: Number) -> Truth:
     return a != b
 
 
+def negation(a: Number | bool) -> Truth:
+    """not a."""
+    return torch.logical_not(a) if isinstance(a, torch.Tensor) else not a
+
+
 def both(a: Number | bool, b: Number | bool) -> Truth:
     """a and b."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):

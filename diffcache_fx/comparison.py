@@ -226,15 +226,16 @@ def compare(
             contender.outputs.append(output if output is not None else torch.empty(0))
             contender.recompiles += use.compilations
             contender.use.graph_breaks += use.graph_breaks
-            if isinstance(contender.denoiser, CachedDenoiser):
-                contender.executed = executed_flops(contender.denoiser)
-                contender.cache_bytes = contender.denoiser.stats().cache_bytes
-                contender.why = contender.denoiser.summary()
 
         return run
 
     told("sample", 0, total)
     timings = interleaved({c.name: generation(c) for c in contenders}, rounds=rounds, warmup=0, baseline=BASELINE)
+    for contender in contenders:  # of the last generation, and outside of what was timed
+        if isinstance(contender.denoiser, CachedDenoiser):
+            contender.executed = executed_flops(contender.denoiser)
+            contender.cache_bytes = contender.denoiser.stats().cache_bytes
+            contender.why = contender.denoiser.summary()
     reference = contenders[0].outputs
     rows = [
         Row(

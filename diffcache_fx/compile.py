@@ -30,7 +30,7 @@ from .passes.flops import StepFlops
 from .passes.guard import InsertGuards, group_name
 from .passes.normalize import Normalize
 from .passes.regions import SelectRegions
-from .passes.signals import AddSignals
+from .passes.signals import AddSignals, kept_bytes
 from .passes.specialize import Specialize
 from .passes.split import Probe, RestOfStep, live_names
 from .passes.verify import Verify
@@ -98,7 +98,7 @@ def _within_memory(captured: StepProgram, schedule: CacheSchedule) -> StepProgra
     cap = schedule.memory_cap
     for slots in range(schedule.slots, 0, -1):
         program = run_passes(captured, front_end(schedule, slots))
-        needed = sum(region.nbytes for region in program.regions)
+        needed = sum(region.nbytes for region in program.regions) + kept_bytes(program)
         if cap is None or needed <= cap:
             if slots < schedule.slots:
                 log.warning(

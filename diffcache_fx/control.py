@@ -75,15 +75,15 @@ class _Rule:
         self.before = dict(state.numbers)
         self.verdict = Verdict(index, None, 0.0, True)
 
-    def decide(self, force: bool) -> None:
-        """Ask the guard; `force` refreshes in any case."""
+    def decide(self, force: bool, hold: bool = False) -> None:
+        """Ask the guard; `force` refreshes in any case, `hold` reuses because another guidance branch does."""
         numbers = {name: self.before.get(name, 0.0) for name in numbers_of(self.guard)}
         force = force or not self.known
-        found = decide(self.guard, self.limits, self.measured, numbers, force, self.moment)
+        found = decide(self.guard, self.limits, self.measured, numbers, force, self.moment, hold)
         self.state.numbers = {name: float(value) for name, value in found.memory.items()}
         tired = bool(found.refresh) and not force and not float(found.signal) >= float(found.limit)
         signal = float(found.signal) if self.known else None
-        self.verdict = Verdict(self.index, signal, float(found.limit), bool(found.refresh), force or tired)
+        self.verdict = Verdict(self.index, signal, float(found.limit), bool(found.refresh), force or tired or hold)
 
     def keep(self, memory: Mapping[str, torch.Tensor]) -> None:
         old = dict(self.state.kept)
@@ -139,9 +139,8 @@ class Controller:
                 names = self._read({n: signals[f"{index}/{n}"] for n in measured.before}, turn)
             rule.known = not first and len(names) == len(measured.before)
             rule.measured = {name: names.get(name, 0.0) for name in measured.before}
-            rule.decide(force=not regions <= allowed or self._follow(place, index) is True)
-            if self._follow(place, index) is False and regions <= allowed:
-                self._override(rule)
+            led = self._follow(place, index)
+            rule.decide(force=not regions <= allowed or led is True, hold=led is False)
             turn.rules.append(rule)
             if rule.verdict.refresh:
                 turn.wanted -= regions
@@ -155,14 +154,6 @@ class Controller:
             return None
         step, context, refresh = self._first
         return refresh.get(index) if step == place.step and context != place.context.name else None
-
-    @staticmethod
-    def _override(rule: _Rule) -> None:
-        """Reuse because another branch does, whatever this branch's own signal says."""
-        if rule.verdict.refresh:
-            numbers = rule.before
-            rule.state.numbers = {**numbers, "run": numbers["run"] + 1.0, "reuses": numbers["reuses"] + 1.0}
-            rule.verdict = Verdict(rule.index, rule.verdict.signal, rule.verdict.limit, False, forced=True)
 
     def _settle(self, rule: _Rule, turn: Turn) -> None:
         """Take in what the step before measured while it ran."""

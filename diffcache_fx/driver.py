@@ -39,6 +39,8 @@ class Driver:
         self.bound: StepSet | None = None
         self._control = Controller(schedule, lagged)
         self._branches = Branches()
+        # Where the graph decides: rule, step, context and decision (on the device) of the branch called first.
+        self._lead: tuple[int, int, str, torch.Tensor] | None = None
         self._ended = True
         self._plans: dict[tuple[int, int | None], tuple[StepSet, Plan]] = {}
         self._flags = {True: torch.tensor(True), False: torch.tensor(False)}
@@ -47,6 +49,7 @@ class Driver:
         """Drop all cache state (or that of one context); the statistics of the generation that ended stay readable."""
         self.recognizer.reset(name)
         self._branches.forget()
+        self._lead = None
         if name is None:
             self._ended = True
             self._plans.clear()
@@ -134,9 +137,9 @@ class Driver:
         if unconditional and partner is not None:
             state.difference = steps.run(DIFFERENCE, state, Feed({}, live={"cond": partner, "uncond": output})).live
             state.emphasis = (1.0, 1.0)
-        elif not unconditional:
+        elif unconditional is False or (unconditional is None and partner is None):
             self._branches.note(place, output)
-        if unconditional is None and partner is not None:
+        if unconditional is None and partner is not None and place.context.name.startswith("#"):
             return replace(decision, reason="no context says which guidance branch is the unconditional one")
         if unconditional and partner is None and rule.rebuilds(place.step, place.timestep):
             return replace(decision, reason="the conditional branch has not run at this step")
@@ -257,13 +260,18 @@ class Driver:
         total = self._total(place)
         moment = (float(place.step), (place.step + 1) / total if total else 0.0)
         feed.moment = torch.tensor(moment, dtype=torch.float32, device=device)
-        feed.force = {str(rule): self._flags[forced].to(device)}
+        led = self._lead if self._lead and self._lead[:2] == (rule, place.step) else None
+        follows = led is not None and led[2] != place.context.name and not forced
+        lead = torch.where(led[3], 1.0, -1.0) if led and follows else torch.tensor(float(forced), device=device)
+        feed.force = {str(rule): lead}
         feed.kept = guard.graph
         results = steps.run(frozenset(), state, feed)
         guard.graph = results.memory
+        if self.schedule.guidance == "together" and not follows:
+            self._lead = (rule, place.step, place.context.name, results.decisions[str(rule)])
         for region in steps.regions:
             state.histories[region.name].take(results.states[region.name])
             state.histories[region.name].shift(float(place.step) if forced else None)
-        pending = Verdict.pending(rule, results, forced, place.new_generation or bool(place.doubt))
+        pending = Verdict.pending(rule, results, forced or follows, place.new_generation or bool(place.doubt))
         names = frozenset(region.name for region in steps.regions)
         return results.users, self._decision(steps, place, names, reason, (pending,))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from .adaptive import ADAPTIVE, AdaptiveGuard, check_threshold
+from .adaptive import ADAPTIVE, AdaptiveGuard, as_numbers, check_threshold
 from .errors import ScheduleError
 from .selection import Count, absolute, check_count
 
@@ -100,7 +100,7 @@ class Steps(Static):
     only: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        steps = tuple(self.only)
+        steps = tuple(self.only) if isinstance(self.only, (tuple, list, set, range)) else ()
         if not steps or any(not isinstance(step, int) or isinstance(step, bool) or step < 0 for step in steps):
             raise ScheduleError(f"only must list the steps that refresh, whole numbers from 0, not {self.only!r}")
         object.__setattr__(self, "only", tuple(sorted(set(steps))))
@@ -163,18 +163,19 @@ class Magnitude(Static):
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
-        ratios = tuple(self.ratios)
-        good = all(isinstance(r, (int, float)) and math.isfinite(r) and r > 0 for r in ratios)
-        if len(ratios) < 2 or not good:
+        ratios = as_numbers(self.ratios) or ()
+        if len(ratios) < 2 or not all(math.isfinite(r) and r > 0 for r in ratios):
             raise ScheduleError(
                 "ratios must list the magnitude ratio of each step of a calibration run, positive numbers, "
                 f"not {self.ratios!r}"
             )
         if not isinstance(self.longest, int) or isinstance(self.longest, bool) or self.longest < 1:
             raise ScheduleError(f"longest must be a whole number of steps from 1, not {self.longest!r}")
-        if not 0.0 <= self.retention < 1.0:
+        if as_numbers([self.retention]) is None or not 0.0 <= self.retention < 1.0:
             raise ScheduleError(f"retention must be a share of the run from 0 to below 1, not {self.retention!r}")
-        object.__setattr__(self, "ratios", tuple(float(r) for r in ratios))
+        if not isinstance(self.never, (tuple, list)) or not all(isinstance(step, int) for step in self.never):
+            raise ScheduleError(f"never must list steps of the calibration run, not {self.never!r}")
+        object.__setattr__(self, "ratios", ratios)
         object.__setattr__(self, "never", tuple(self.never))
 
     def needs_num_steps(self) -> bool:
@@ -213,10 +214,10 @@ def check_window(window: Sequence[float] | None) -> tuple[float, float] | None:
     """A pair of timesteps (low, high), or None."""
     if window is None:
         return None
-    pair = tuple(window)
-    if len(pair) != 2 or not all(isinstance(t, (int, float)) for t in pair) or not pair[0] < pair[1]:
+    pair = as_numbers(window)
+    if pair is None or len(pair) != 2 or not pair[0] < pair[1]:
         raise ScheduleError(f"window must be two timesteps (low, high), not {window!r}")
-    return float(pair[0]), float(pair[1])
+    return pair[0], pair[1]
 
 
 StaticGuard = Always | Interval | Steps | Mask | Magnitude

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from .adaptive import check_threshold
 from .errors import ScheduleError
 from .guards import check_window
 from .recognition import Context, Place
@@ -40,7 +41,11 @@ class Reconstruct:
         if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
             raise ScheduleError(f"every must be a whole number of steps from 1, not {self.every!r}")
         for name in ("window", "low_window", "high_window"):
-            object.__setattr__(self, name, check_window(getattr(self, name)))
+            window = check_window(getattr(self, name))
+            if window is None:
+                raise ScheduleError(f"{name} must be a window of two timesteps (low, high), not None")
+            object.__setattr__(self, name, window)
+        check_threshold(self.alpha, "alpha")
         if not 0.0 < self.radius < 0.5:
             raise ScheduleError(f"radius must be a share of the shorter side between 0 and 0.5, not {self.radius!r}")
 
@@ -78,10 +83,10 @@ class Branches:
 
 
 def is_unconditional(name: str, rule: Reconstruct) -> bool | None:
-    """Whether a context is the unconditional branch; None where its name does not tell."""
+    """Whether a context is the unconditional branch; None where its name does not tell, or it is a third one."""
     if name.startswith("#"):
         return name == "#1" if rule.second else None
-    return "uncond" in name and "cond_" not in name
+    return name == "uncond" if name == "uncond" or "uncond" not in name else None
 
 
 def share_histories(state: CacheState, others: Iterable[Context], names: Iterable[str], halves: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .adaptive import AdaptiveGuard, Verdict
-from .arithmetic import Number, at_least, either, where
+from .arithmetic import Number, at_least, both, either, negation, where
 
 # Reuses in a row, reuses and refreshes of the generation so far.
 COUNTERS = ("run", "reuses", "refreshes")
@@ -33,21 +33,27 @@ def decide(
     memory: Mapping[str, Number],
     force: Number | bool,
     moment: Sequence[Number],
+    hold: Number | bool = False,
 ) -> Verdict:
-    """Refresh or reuse, and the numbers for the next step (before `settled`)."""
+    """Refresh or reuse, and the numbers for the next step (before `settled`).
+
+    hold: reuse because another guidance branch does, whatever this one's signal says, unless a refresh is forced.
+    """
     if guard.threshold == 0:  # never reuse, not even where a polynomial turns negative
         force = either(force, at_least(memory["refreshes"], 0.0))
     for name, most in (("run", limits.longest_reuse), ("reuses", limits.most_reuses)):
         if most is not None:
             force = either(force, at_least(memory[name], float(most)))
     verdict = guard.decide(measured, memory, force, moment)
-    refresh = verdict.refresh
+    follow = both(hold, negation(force))
+    refresh = both(verdict.refresh, negation(follow))
+    own = {name: where(follow, memory[name], value) for name, value in verdict.memory.items()}
     counters = {
         "run": where(refresh, 0.0, memory["run"] + 1.0),
         "reuses": where(refresh, memory["reuses"], memory["reuses"] + 1.0),
         "refreshes": where(refresh, memory["refreshes"] + 1.0, memory["refreshes"]),
     }
-    return Verdict(refresh, verdict.signal, verdict.limit, {**verdict.memory, **counters})
+    return Verdict(refresh, verdict.signal, verdict.limit, {**own, **counters})
 
 
 def settled(

@@ -30,7 +30,7 @@ class InputKind(enum.Enum):
     PREDICATE = "predicate"  # target: name of the group whose regions refresh together; bool scalar, True = refresh
     MEMORY = "memory"  # target: "rule/name": what an adaptive guard keeps from step to step
     LIVE = "live"  # target: a node of the full program: what the probe program has computed at this step
-    FORCE = "force"  # target: "rule": bool scalar, True = refresh whatever the guard in the graph says
+    FORCE = "force"  # target: "rule": float32 scalar; 1 refreshes and -1 reuses whatever the guard says; 0: free
     MOMENT = "moment"  # float32 [2]: the number of the step, and the share of the run that it completes
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import ScheduleError
+from .passes.signals import kept_bytes
 from .plan import Plan, choose_programs, variants
 from .program import size_hint
 from .record import Decision, Record
@@ -175,7 +176,7 @@ def explain(captured: Captured) -> Explanation:
         steps=len(rows) if known else 0,
         refresh_steps=sum(not row for row in rows),
         ideal_speedup=captured.full_flops * len(rows) / max(spent, 1),
-        cache_bytes=sum(region.nbytes for region in program.regions),
+        cache_bytes=sum(region.nbytes for region in program.regions) + kept_bytes(program),
         captured_by=program.captured_by,
         note=note or ("" if known else "pass num_steps= to see the whole run"),
     )
@@ -197,7 +198,7 @@ def summarize(stats: Stats, schedule: CacheSchedule, captured: Captured | None) 
     reasons = Counter(decision.reason for decision in stats.decisions if decision.reason)
     for reason, count in reasons.most_common():
         lines.append(f"  {count} call(s) computed although the plan would have reused: {reason}")
-    lines += _signals(stats)
+    lines += _signals(stats, schedule)
     if not stats.reused and not reasons and not any(decision.verdicts for decision in stats.decisions):
         lines.append(
             f"  nothing was reused: in a run of {stats.steps} calls this schedule asks for none (warm-up "
@@ -219,7 +220,7 @@ def summarize(stats: Stats, schedule: CacheSchedule, captured: Captured | None) 
     return "\n".join(lines)
 
 
-def _signals(stats: Stats) -> list[str]:
+def _signals(stats: Stats, schedule: CacheSchedule) -> list[str]:
     """What adaptive guards saw, and why they reused nothing where they did not."""
     verdicts = [verdict for decision in stats.decisions for verdict in decision.verdicts]
     if not verdicts:
@@ -234,10 +235,10 @@ def _signals(stats: Stats) -> list[str]:
         shown = f"{limits[0]:.3g}" if len(limits) == 1 else f"{limits[0]:.3g} to {limits[-1]:.3g}" if limits else "0"
         lines.append(f"  signal {low:.3g} to {high:.3g}, threshold {shown}; {forced} refresh(es) were forced")
     if not any(not verdict.refresh for verdict in verdicts):
-        if not free:
-            why = "warm-up, cool-down and limits left no step for the guard to decide"
-        elif any(verdict.limit == 0 for verdict in free):
+        if all(guard.threshold == 0 for guard in schedule.adaptive.values()):
             why = "the threshold is 0, which means never"
+        elif not free:
+            why = "warm-up, cool-down and limits left no step for the guard to decide"
         else:
             nearest = min(free, key=lambda verdict: verdict.signal - verdict.limit)  # type: ignore[operator]
             why = (

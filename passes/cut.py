@@ -43,6 +43,8 @@ _MOVES = frozenset(
         "narrow",
     ]
 )
+# Operators that carry a value on in another type: of its arguments only the first counts.
+_CASTS = ("aten::_to_copy", "aten::to", "aten::type_as", "aten::clone")
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,12 @@ def _bytes(node: fx.Node) -> int:
     return max(count * value.dtype.itemsize, 1)
 
 
+def _operator(node: fx.Node) -> str:
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
 def _moves_data(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _MOVES
+    return node.target is operator.getitem or _operator(node) in _MOVES
 
 
 def _cheapest(
@@ -246,6 +250,6 @@ def _carried(node: fx.Node) -> list[fx.Node]:
         return [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
     if node.target == aten.cat.default and isinstance(node.args[0], (list, tuple)):
         return [argument for argument in node.args[0] if isinstance(argument, fx.Node)]
-    if _moves_data(node) or node.target == aten._to_copy.default or node.target == aten.clone.default:
+    if _moves_data(node) or _operator(node) in _CASTS:
         return node.all_input_nodes[:1]
     return []

@@ -71,11 +71,13 @@ def decide_in_graph(graph: fx.Graph, control: Control, signals: dict[str, fx.Nod
         name: take(InputKind.MEMORY, f"number_{rule}_{name}", number_name(rule, name), (), torch.float32)
         for name in numbers_of(control.guard)
     }
-    force = take(InputKind.FORCE, f"force_{rule}", str(rule), (), torch.bool)
+    force = take(InputKind.FORCE, f"force_{rule}", str(rule), (), torch.float32)
     moment = take(InputKind.MOMENT, f"moment_{rule}", str(rule), (2,), torch.float32)
 
     def verdict(values: dict[str, torch.Tensor], carried: dict[str, torch.Tensor], given: list[torch.Tensor]) -> object:
-        found = decide(control.guard, control.limits, values, carried, given[0], [given[1][0], given[1][1]])
+        lead, moment = given
+        place = [moment[0], moment[1]]
+        found = decide(control.guard, control.limits, values, carried, lead > 0.5, place, lead < -0.5)
         limit = found.limit if isinstance(found.limit, torch.Tensor) else carried["run"] * 0.0 + found.limit
         return found.refresh, found.signal * 1.0, limit, found.memory
 

@@ -21,6 +21,15 @@ _OTHERS = (
     "the static schedules"
 )
 
+# Operators that take the type or the shape of another tensor, not its values.
+_LIKE = tuple(
+    f"aten::{name}"
+    for name in (
+        *("type_as", "expand_as", "view_as", "reshape_as"),
+        *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    )
+)
+
 
 class References:
     """Finds reference quantities in one program. Raises RegionError where the model has no such quantity."""
@@ -45,6 +54,18 @@ class References:
         assert isinstance(reference, BlocksOutput)
         out, base = self._stream(reference.first)
         return out, base if reference.residual else None
+
+    def _touched(self, start: fx.Node | None) -> int:
+        """The nodes whose values depend on `start`, itself included; what only takes its type or shape does not."""
+        found = {start}
+        for node in self.reach.nodes:
+            sources = node.all_input_nodes
+            name = getattr(getattr(node.target, "_schema", None), "name", "")
+            if name in _LIKE:
+                sources = [] if name.endswith("_like") else sources[:1]
+            if any(source in found for source in sources):
+                found.add(node)
+        return self.reach.bits(node for node in found if node is not None)
 
     def _latents(self) -> fx.Node:
         node = latent_input(self.program)
@@ -72,7 +93,7 @@ class References:
                 f"the guard watches the first {first} blocks, and this model has {len(self.trunk)}: watch fewer, so "
                 "that some are left to reuse"
             )
-        touched = self.reach.descendants([self._latents()])
+        touched = self._touched(self._latents())
         nodes = [node for block in self.trunk[:first] for node in block.nodes]
         inside = set(self.reach.members(self.reach.between(nodes)))
         changing = varying(self.program)
@@ -94,9 +115,7 @@ class References:
         """The input of the first weighted layer of block 0 that comes from the latents, scaled or shifted inside the
         block by what comes from the timestep alone."""
         block = self.trunk[0]
-        touched = self.reach.descendants([self._latents()])
-        time = timestep_input(self.program)
-        timed = self.reach.descendants([time]) if time is not None else 0
+        touched, timed = self._touched(self._latents()), self._touched(timestep_input(self.program))
 
         def on(bits: int, node: fx.Node) -> bool:
             return bool(bits >> self.reach.position[node] & 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,19 @@ from torch import fx
 
 from diffcache_fx.adaptive import AdaptiveGuard
 from diffcache_fx.errors import RegionError
-from diffcache_fx.program import Input, InputKind, Measured, Output, OutputKind, StepProgram, output_node, returned
+from diffcache_fx.program import (
+    Input,
+    InputKind,
+    Measured,
+    Output,
+    OutputKind,
+    StepProgram,
+    output_node,
+    returned,
+    size_hint,
+)
 
-from .aliasing import is_view
+from .aliasing import is_view, root_of
 from .emit import aten, call, placeholder, set_outputs
 from .inline import inline
 from .reach import Reach
@@ -93,7 +104,9 @@ class _Writer:
                 self._output(OutputKind.SIGNAL, memory_name(rule, name), node)
             for name in dict.fromkeys(self._origin(guard, name) for name in guard.kept):
                 node = now[name]
-                if is_view(node) or node.op == "placeholder" or node in self.values:
+                shown = {root_of(value) for value in self.values}
+                loose = not node.meta["val"].is_contiguous()
+                if loose or is_view(node) or node.op == "placeholder" or node in shown:
                     node = call(self.graph, aten.clone.default, node, memory_format=torch.contiguous_format)
                 self._output(OutputKind.MEMORY, memory_name(rule, name), node)
         checks = tuple(r.name for r in self.program.regions if r.rule == rule)[-1:] if guard.checks else ()
@@ -150,3 +163,10 @@ def probe_nodes(program: StepProgram) -> frozenset[str]:
     wanted = [results[i] for i, output in enumerate(program.outputs) if (output.kind, output.target) in early]
     bits = reach.bits(wanted) | reach.ancestors(wanted)
     return frozenset(node.name for node in reach.members(bits) if node.op == "call_function")
+
+
+def kept_bytes(program: StepProgram) -> int:
+    """Bytes of what adaptive guards keep, for one context."""
+    nodes = program.graph.find_nodes(op="placeholder")
+    values = [nodes[i].meta["val"] for i, _ in program.inputs_of(InputKind.MEMORY)]
+    return sum(math.prod(size_hint(size) for size in value.shape) * value.dtype.itemsize for value in values)

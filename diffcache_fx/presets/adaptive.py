@@ -63,11 +63,12 @@ def tea_cache(
                 f"no coefficients are known as {coefficients!r}{nearest(coefficients, TEA_POLYNOMIALS)}"
             )
         coefficients = TEA_POLYNOMIALS[coefficients]
-    elif len(tuple(coefficients)) not in (0, 5):
+    guard = RelativeChange(ModulatedInput(), threshold, "step", True, coefficients)  # type: ignore[arg-type]
+    if len(guard.coefficients) not in (0, 5):
         raise ScheduleError(
-            f"TeaCache's polynomial is of degree 4: give 5 coefficients, highest power first, not {len(coefficients)}"
+            "TeaCache's polynomial is of degree 4: give 5 coefficients, highest power first, "
+            f"not {len(guard.coefficients)}"
         )
-    guard = RelativeChange(ModulatedInput(), threshold, "step", accumulate=True, coefficients=tuple(coefficients))
     rule = Rule(Trunk(first=0), guard, forecast or Hold(), "residual")
     return CacheSchedule("tea_cache", (rule,), warm_up, cool_down)
 
@@ -93,7 +94,7 @@ def mag_cache(
             raise ScheduleError(f"no magnitude ratios are known as {ratios!r}{nearest(ratios, MAG_RATIOS)}")
         never = never or ((11,) if ratios == "flux" else ())
         ratios = MAG_RATIOS[ratios]
-    guard = Magnitude(tuple(ratios), threshold, longest, retention, tuple(never))
+    guard = Magnitude(ratios, threshold, longest, retention, tuple(never))  # type: ignore[arg-type]
     return CacheSchedule("mag_cache", (Rule(Trunk(first=0), guard, forecast or Hold(), "residual"),))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import ScheduleError
 from ..forecasts import Barycentric, Binomial, FoCa, Forecast, Hermite, Rows, Taylor
 from ..guards import Interval
 from ..schedule import CacheSchedule, Rule
@@ -62,5 +63,7 @@ def l2p(
 ) -> CacheSchedule:
     """L2P (2026, arXiv 2604.26365): learned linear prediction. rows[step]: the weights of the refreshed values, newest
     first. Here the rows are given. Default interval 5."""
+    if any(not isinstance(row, (tuple, list)) for row in rows):
+        raise ScheduleError(f"rows must hold a row of weights for each step, not {rows!r}")
     forecast = Rows(tuple(tuple(row) for row in rows))
     return _forecasting("l2p", interval, forecast, warm_up, regions)

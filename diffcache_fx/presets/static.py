@@ -87,7 +87,7 @@ def deep_cache(
 def uneven_steps(total: int, refreshes: int, center: int, power: float) -> tuple[int, ...]:
     """At most `refreshes` of `total` steps, step 0 among them, denser around `center`: evenly spaced on the axis
     sign(d) |d| ** (1 / power), with d the distance to the centre."""
-    if not 0 <= center < total or power < 1.0:
+    if not 0 <= center < total or not power >= 1.0:
         raise ScheduleError(f"center must be a step from 0 to {total - 1} and power at least 1, not {center}, {power}")
 
     def bend(distance: float, exponent: float) -> float:
