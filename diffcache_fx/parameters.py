@@ -18,9 +18,17 @@ class Parameters:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        # Where a name was found: the submodule's own table. A submodule that is replaced changes the fingerprint, and
+        # with it all that was captured, so the table stays the right one; what it holds is looked up at every call.
+        self._tables: dict[str, tuple[dict[str, Any], str]] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
         """The parameter or buffer called `name`. Raises StaleProgramError if it is gone or lies on the meta device."""
+        known = self._tables.get(name)
+        if known is not None:
+            held = known[0].get(known[1])
+            if held is not None:
+                return held
         owner: Any = self._module
         *path, last = name.split(".")
         try:
@@ -33,6 +41,9 @@ class Parameters:
             ) from None
         if not isinstance(value, torch.Tensor):
             raise StaleProgramError(f"{name!r} is no tensor any more but {type(value).__name__}")
+        for table in (owner._parameters, owner._buffers) if isinstance(owner, nn.Module) else ():
+            if table.get(last) is value:
+                self._tables[name] = (table, last)
         return value
 
 
@@ -53,10 +64,9 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             parts.append(
                 (tuple(map(id, child._forward_hooks.values())), tuple(map(id, child._forward_pre_hooks.values())))
             )
-        for key, value in vars(child).items():
-            if key in _INTERNAL:
-                continue
-            seen = _scalar(value)
+        held = vars(child)
+        for key in sorted(held.keys() - _INTERNAL):
+            seen = _scalar(held[key])
             if seen is not _SKIP:
                 parts.append((key, seen))
     return tuple(parts)
