@@ -276,10 +276,10 @@ def compile_with_cache(
     example_inputs: (args, kwargs) of one call; without it the first call is the example.
     num_steps: calls per generation (and guidance branch), where known: lets plans count from the end.
     dynamic: keep batch and spatial sizes symbolic where the model allows it.
-    decide: "host" runs one straight program per decision (under an adaptive guard a probe program first, and one read
-    of
-        its signal per step); "graph" one program with the decision and the conditionals inside; "lagged" lets the
-        signal of a step decide the step after, so that every step is one straight program and nothing is waited for.
+    decide: "host" runs one straight program per decision; under an adaptive guard a probe program first, with a read of
+        its signal per step, and a second read where the guard also measures the output. "graph" runs one program with
+        the decision and the conditionals inside. "lagged" lets the signal of a step decide the step after, so that
+        every step is one straight program and nothing is waited for.
     max_programs: most specialised programs to compile; plans with more distinct steps refresh more. None: no bound.
     refinement: the sampler may call the model more than once at one timestep.
     backend_options: passed to the backend (Inductor config entries; `outlining=False`).

@@ -24,10 +24,8 @@ class Turn:
     """One step's decisions: made by `Controller.decide`, completed by `confirm` and `finish`."""
 
     wanted: Reused
-    lagged: bool
     rules: list[_Rule] = field(default_factory=list)
     reads: int = 0
-    reason: str = ""
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -120,7 +118,7 @@ class Controller:
         self, steps: StepSet, place: Place, total: int | None, allowed: Reused, state: CacheState, signals: Signals
     ) -> Turn:
         """allowed: the regions that may be reused. signals: measured before the decision, by target."""
-        turn = Turn(allowed, self.lagged)
+        turn = Turn(allowed)
         if not self.guards:
             return turn
         moment = (float(place.step), (place.step + 1) / total if total else 0.0)

@@ -224,7 +224,7 @@ class Driver:
             state.histories[name].refresh(values, float(place.step))
         turn.finish({**(early.memory if early else {}), **results.memory}, results.signals)
         self.record.reads += turn.reads
-        return results.users, self._decision(steps, place, key, reason or turn.reason, turn.verdicts)
+        return results.users, self._decision(steps, place, key, reason, turn.verdicts)
 
     def _run_branching(
         self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, users: Tensors

@@ -141,7 +141,7 @@ def _caption(found: Comparison, name: str) -> str:
     row = next(row for row in found.rows if row.name == name)
     parts = [f"{1000 * row.latency:.0f} ms per image"]
     if name != found.timings.baseline:
-        parts.append(f"{row.speedup.value:.2f}x faster (ideal {row.ideal:.2f}x)")
+        parts.append(f"{row.speedup.value:.2f}x the speed (ideal {row.ideal:.2f}x)")
         if math.isfinite(row.fidelity["psnr_db"]):
             parts.append(f"PSNR {row.fidelity['psnr_db']:.1f} dB")
     parts.append(f"{100 * row.fidelity['accuracy']:.0f} % read as asked")
