@@ -26,6 +26,7 @@ from .parameters import Parameters
 from .passes.branches import difference_program, rebuild_program
 from .passes.cut import ComputeCut, RuleStorage
 from .passes.decide import Control
+from .passes.deduplicate import Deduplicate
 from .passes.flops import StepFlops
 from .passes.guard import InsertGuards, group_name
 from .passes.normalize import Normalize
@@ -118,7 +119,7 @@ def lower(program: StepProgram, options: Options) -> Lowered:
     if options.backend == "eager":
         if options.backend_options:
             raise CacheError(f"the eager backend takes no options, got {sorted(options.backend_options)}")
-        return eager.lower(program)
+        return eager.lower(run_passes(program, (Deduplicate(),)))
     return torch_compile.lower(program, options.backend, **options.backend_options)
 
 
@@ -246,12 +247,16 @@ class Captured:
         """A program to compile, by the regions it reuses or by name."""
         if not isinstance(which, str):
             return self.rest(which) if self.split else self.specialized(which)
-        if which == REBUILD:
-            return rebuild_program(self.program)
-        if which == DIFFERENCE:
-            assert self.schedule.branch is not None
-            return difference_program(self.program, self.schedule.branch.radius)
+        if which in (REBUILD, DIFFERENCE):
+            return self.extra(which)
         return self.guarded() if which == "guarded" else self.probe()
+
+    def extra(self, name: str) -> StepProgram:
+        """What works on the outputs of two guidance branches: DIFFERENCE or REBUILD."""
+        if name == REBUILD:
+            return rebuild_program(self.program)
+        assert self.schedule.branch is not None
+        return difference_program(self.program, self.schedule.branch.radius)
 
 
 def compile_with_cache(

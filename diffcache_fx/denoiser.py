@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,16 +12,17 @@ from torch import nn
 
 from .compile import Captured, Options
 from .driver import Driver
-from .errors import CacheError, CallError
-from .recognition import Hints
+from .errors import CacheError, CallError, StaleProgramError
+from .generations import Generations
+from .parameters import difference, fingerprint
 from .report import Explanation, Stats, explain, summarize
 from .schedule import CacheSchedule
-from .signatures import FlatCall, Signatures, check_devices
+from .signatures import FlatCall, Signature, Signatures, check_devices
 
 _NOTHING = "nothing is captured yet: pass example_inputs=(args, kwargs) to compile_with_cache, or call once"
 
 
-class CachedDenoiser(nn.Module):
+class CachedDenoiser(Generations, nn.Module):
     """A drop-in for the denoiser it wraps; made by `compile_with_cache`.
 
     It has the model's call signature and outputs, and hands every other attribute through (`config`, `dtype`, ...).
@@ -77,8 +77,7 @@ class CachedDenoiser(nn.Module):
             )
         signatures, driver = self._signatures, self._driver
         signature = signatures.find(call)
-        hints = self._own["local"].__dict__.get("hints")
-        place = driver.locate(signature.arguments(call), signature.place_key(call), hints[-1] if hints else None)
+        place = driver.locate(signature.arguments(call), signature.place_key(call), self._hints)
         if place.new_generation or driver.bound is None:
             signature = signatures.current(signature, call)
         steps = signatures.steps(signature, place.context.num_steps or driver.recognizer.num_steps)
@@ -99,52 +98,12 @@ class CachedDenoiser(nn.Module):
     def _signatures(self) -> Signatures:
         return self._own["signatures"]
 
-    # --- generations and contexts ----------------------------------------------------------------------------------
+    def _local(self) -> threading.local:
+        return self._own["local"]
 
-    @property
-    def _driver(self) -> Driver:
-        local = self._own["local"]
-        found = getattr(local, "driver", None)
-        if found is None:
-            options: Options = self._own["options"]
-            found = local.driver = Driver(
-                self._own["schedule"], options.num_steps, options.refinement, lagged=options.decide == "lagged"
-            )
-        return found
-
-    def reset(self) -> None:
-        """End the generation: the next call starts from an empty cache. Statistics stay readable until then."""
-        self._driver.reset()
-
-    def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Called by diffusers pipelines at the end of each run."""
-        self.reset()
-
-    @contextmanager
-    def cache_context(self, name: str, **hints: Any) -> Iterator[None]:
-        """Name the guidance branch of the calls inside ("cond", "uncond", ...), as diffusers pipelines do.
-
-        Hints that are used: step_index (0 starts a generation), num_inference_steps, timestep, refinement (the sampler
-        calls more than once at one timestep). Others are accepted and ignored.
-        """
-        if not isinstance(name, str) or not name or name.startswith("#"):
-            raise CallError(f"a cache context needs a name that does not begin with '#', not {name!r}")
-        local = self._own["local"]
-        if not hasattr(local, "hints"):
-            local.hints = []
-        local.hints.append(
-            Hints(
-                name,
-                step_index=hints.get("step_index"),
-                num_steps=hints.get("num_inference_steps"),
-                timestep=hints.get("timestep"),
-                refinement=bool(hints.get("refinement", False)),
-            )
-        )
-        try:
-            yield
-        finally:
-            local.hints.pop()
+    def _make_driver(self) -> Driver:
+        options: Options = self._own["options"]
+        return Driver(self._own["schedule"], options.num_steps, options.refinement, lagged=options.decide == "lagged")
 
     # --- asking ----------------------------------------------------------------------------------------------------
 
@@ -176,6 +135,17 @@ class CachedDenoiser(nn.Module):
         if signature is None:
             raise CacheError(_NOTHING)
         self._signatures.steps(signature, self._own["options"].num_steps)
+
+    def current_signature(self) -> Signature:
+        """The signature captured or used last, for exporters. Raises CacheError if there is none, and StaleProgramError
+        if the model has changed since."""
+        signature = self._signatures.latest()
+        if signature is None:
+            raise CacheError(_NOTHING)
+        what = difference(signature.mark, fingerprint(self.model))
+        if what:
+            raise StaleProgramError(f"the model changed since it was captured ({what}): call once, then export")
+        return signature
 
     def _captured(self, required: bool = True) -> Captured | None:
         signature = self._signatures.latest()

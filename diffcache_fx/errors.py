@@ -30,6 +30,14 @@ class StaleProgramError(CacheError, RuntimeError):
     """The model was changed after compilation in a way that cannot be carried into the compiled programs."""
 
 
+class ExportError(CacheError, RuntimeError):
+    """An artefact cannot be written as asked; nothing is left behind."""
+
+
+class BundleError(CacheError, RuntimeError):
+    """A bundle cannot be loaded or run: incomplete, changed, of another version, or without its runtime."""
+
+
 class VerificationError(CacheError, AssertionError):
     """A pass left a program that breaks the rules of the intermediate form."""
 

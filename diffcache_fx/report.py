@@ -4,13 +4,16 @@ schedule before anything runs."""
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 from .errors import ScheduleError
+from .passes.conditional import conditionals_of
 from .passes.signals import kept_bytes
 from .plan import Plan, choose_programs, variants
-from .program import size_hint
+from .program import StepProgram, size_hint
 from .record import Decision, Record
 from .schedule import CacheSchedule
 
@@ -80,7 +83,7 @@ class Explanation:
 
     full_flops: FLOPs of a step that computes everything. programs: for each compiled program the number of reused
     regions and its FLOPs. rows: distinct rows of the plan. merge_cost: share of extra work because rows were merged.
-    conditionals: how many the guarded form holds. ideal_speedup: FLOPs of the uncached run over those of the plan.
+    ideal_speedup: FLOPs of the uncached run over those of the plan.
     """
 
     model: str
@@ -96,6 +99,14 @@ class Explanation:
     cache_bytes: int
     captured_by: str
     note: str = ""
+    guarded: Callable[[], StepProgram] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def conditionals(self) -> int:
+        """How many conditionals the guarded form holds (and `If` nodes the branch form of an exported model); counted
+        when asked. Raises RegionError where the schedule has no such form."""
+        assert self.guarded is not None
+        return conditionals_of(self.guarded())
 
     def __str__(self) -> str:
         lines = [
@@ -179,10 +190,20 @@ def explain(captured: Captured) -> Explanation:
         cache_bytes=sum(region.nbytes for region in program.regions) + kept_bytes(program),
         captured_by=program.captured_by,
         note=note or ("" if known else "pass num_steps= to see the whole run"),
+        guarded=captured.guarded,
     )
 
 
-def summarize(stats: Stats, schedule: CacheSchedule, captured: Captured | None) -> str:
+class Costs(Protocol):
+    """What knows the FLOPs of steps: a captured signature, or a bundle."""
+
+    @property
+    def full_flops(self) -> int: ...
+
+    def flops(self, reused: frozenset[str]) -> int: ...
+
+
+def summarize(stats: Stats, schedule: CacheSchedule, captured: Costs | Captured | None) -> str:
     """A generation in a few sentences: what was refreshed, what was reused, and why not more."""
     if not stats.steps:
         return f"schedule {schedule.name!r}: no step has run yet"

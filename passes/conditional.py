@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from diffcache_fx.program import output_node, returned
+from diffcache_fx.program import StepProgram, output_node, returned
 
 from .aliasing import root_of
 from .emit import clone_after, own, set_outputs
 from .purity import eliminate_dead
+from .verify import walk
 
 COND = torch.ops.higher_order.cond
 # Given the branch's graph and its own copies of the operands: the values that flow on, and the next history.
@@ -67,3 +68,8 @@ def choose(
 def next_history(fresh: fx.Node, slots: list[fx.Node]) -> list[fx.Node]:
     """The history after a refresh: the fresh value first, the oldest one dropped."""
     return [fresh, *slots[:-1]]
+
+
+def conditionals_of(program: StepProgram) -> int:
+    """How many conditionals a program holds, at any depth."""
+    return sum(node.op == "call_function" and node.target is COND for _, node in walk(program.module))

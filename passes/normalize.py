@@ -10,7 +10,8 @@ from torch import fx
 
 from diffcache_fx.program import StepProgram, same_layout, value_of
 
-from .purity import draws_random, eliminate_dead, is_assert
+from .aliasing import root_of
+from .purity import draws_random, eliminate_dead, is_assert, mutates
 
 aten = torch.ops.aten
 
@@ -24,12 +25,15 @@ class Normalize:
     2. `dropout` in evaluation mode, `detach`, `alias`, `lift_fresh_copy` become their argument.
     3. `squeeze` on dimensions that are not 1, `view`/`reshape`/`expand` to the same shape, and a `slice` of everything
        become their argument.
-    4. Unused nodes are deleted by the project's purity rule.
+    4. So do a `clone` or `_to_copy` that changes neither dtype nor strides, unless it is of one of the program's inputs
+       or something writes in place; and a division or product of a floating-point tensor by the number 1.
+    5. Unused nodes are deleted by the project's purity rule.
 
     Before:  a = squeeze(x, 1); b = dropout(a, 0.1, False); _assert_tensor_metadata(b); c = relu(b)
     After:   c = relu(x)
 
-    Nothing that changes values, dtypes, strides of a copied tensor, or the program's inputs and outputs is touched.
+    Export writes dropout in evaluation mode as a `clone`: a copy of every activation it stands on. Nothing that
+    changes values, dtypes, strides of a copied tensor, or the program's inputs and outputs is touched.
     """
 
     def __call__(self, program: StepProgram) -> StepProgram:
@@ -38,8 +42,9 @@ class Normalize:
         for node in list(graph.nodes):
             if is_assert(node):
                 graph.erase_node(node)
+        written = any(mutates(node) for node in graph.nodes)
         for node in list(graph.nodes):
-            if node.op == "call_function" and _is_no_op(node):
+            if node.op == "call_function" and _is_no_op(node) and not (written and _copies(node)):
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 node.replace_all_uses_with(source)
@@ -59,10 +64,28 @@ def _always(node: fx.Node) -> bool:
     return True
 
 
+def _copies(node: fx.Node) -> bool:
+    return str(getattr(node.target, "_schema", None)).startswith(("aten::clone", "aten::_to_copy"))
+
+
+def _needless_copy(node: fx.Node) -> bool:
+    return _same_shape(node) and root_of(node.args[0]).op == "call_function"  # type: ignore[arg-type]
+
+
+def _by_one(node: fx.Node) -> bool:
+    value = value_of(node)
+    number = len(node.args) == 2 and not node.kwargs and isinstance(node.args[1], (int, float)) and node.args[1] == 1
+    return number and isinstance(value, torch.Tensor) and value.is_floating_point() and _same_shape(node)
+
+
 _NO_OPS: dict[str, Callable[[fx.Node], bool]] = {
+    "aten::_to_copy": _needless_copy,
     "aten::alias": _always,
+    "aten::clone": _needless_copy,
     "aten::detach": _always,
+    "aten::div": _by_one,
     "aten::dropout": lambda node: not draws_random(node),
+    "aten::mul": _by_one,
     "aten::squeeze": _same_shape,
     "aten::view": _same_shape,
     "aten::reshape": _same_shape,

@@ -56,6 +56,50 @@ def test_what_computes_something_stays() -> None:
     assert equal(run(after, Kept(), [x, T]).outputs, [Kept()(x, T)])
 
 
+class Copies(nn.Module):
+    """Dropout in evaluation mode, as export writes it, and what blocks do with a factor of 1."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = F.dropout(torch.relu(x), 0.1, self.training) / 1.0
+        return a.to(torch.float32, copy=True) * 1.0 + t
+
+
+class KeptCopies(nn.Module):
+    """A copy of an input, one in another layout, one in another dtype; whole numbers become fractions."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        wide = torch.relu(x).transpose(0, 1)
+        return x.clone(), wide.clone(memory_format=torch.contiguous_format), wide.to(torch.float64), (wide > 0) / 1
+
+
+def test_copies_that_change_nothing_go() -> None:
+    program = captured(Copies(), X, T)
+    assert "clone" in text(program.graph)
+    after = Normalize()(program)
+    assert text(after.graph) == "relu = relu(x)\nadd = add(relu, t)\nreturn add"
+    assert equal(run(after, Copies(), [X, T]).outputs, [Copies().eval()(X, T)])
+
+
+def test_copies_that_change_something_stay() -> None:
+    after = Normalize()(captured(KeptCopies(), X, T))
+    shown = text(after.graph)
+    assert shown.count("clone(") == 2
+    assert "_to_copy" in shown
+    assert "div" in shown
+    assert equal(run(after, KeptCopies(), [X, T]).outputs, list(KeptCopies()(X, T)))
+
+
+def test_no_copy_goes_where_something_writes() -> None:
+    program = captured(Copies(), X, T)
+    graph = program.copy().module.graph
+    relu = next(node for node in graph.nodes if "relu" in node.name)
+    copied = next(node for node in graph.nodes if "clone" in node.name)
+    with graph.inserting_after(copied):
+        graph.call_function(torch.ops.aten.add_.Tensor, (relu, 1.0))
+    after = Normalize()(program.replace(module=torch.fx.GraphModule(program.module, graph)))
+    assert "clone" in text(after.graph)
+
+
 def test_asserts_go() -> None:
     program = captured(NoOps(), X, T)
     graph = program.copy().module.graph

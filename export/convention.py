@@ -1,0 +1,332 @@
+"""The model's calling convention as data: how a call's arguments become the flat tensors that programs take, and how
+their outputs become the model's own again."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch.utils import _pytree as pytree
+
+from diffcache_fx.calling import is_number, number_tensor
+from diffcache_fx.errors import CallError, ExportError
+from diffcache_fx.program import TENSOR, CallSignature, InputKind, StepProgram
+
+from .ports import Size, dtype_named, name_of_dtype, sizes_of
+
+Scalar = bool | int | float | str | None
+_SCALARS = (bool, int, float, str, type(None))
+
+
+class Data(BaseModel):
+    """Plain data of a manifest: unknown fields are refused, and nothing is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=False)
+
+
+class Leaf(Data):
+    """One leaf of a call. A number comes as a Python number and goes in as a 0-d tensor; a constant is part of the
+    programs, and a call must have the same one."""
+
+    name: str
+    kind: Literal["tensor", "number", "constant"]
+    dtype: str | None = None
+    shape: tuple[Size, ...] = ()
+    value: Scalar = None
+
+
+class Tree(Data):
+    """How leaves are put together. A leaf has an index; a list, a tuple, a dict and a named output have items."""
+
+    kind: Literal["leaf", "list", "tuple", "dict", "named"]
+    leaf: int = -1
+    items: tuple[Tree, ...] = ()
+    keys: tuple[str, ...] = ()
+    name: str = ""
+
+
+class Parameter(Data):
+    """One parameter of the model's forward."""
+
+    name: str
+    keyword_only: bool = False
+    required: bool = True
+    default: Scalar = None
+
+
+class NamedOutput(OrderedDict):  # type: ignore[type-arg]
+    """An output with fields: by name, by attribute or by position, as diffusers' output classes are."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"the output has no field {name!r}; it has {', '.join(self)}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields in order."""
+        return tuple(self.values())
+
+
+pytree.register_pytree_node(
+    NamedOutput,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, names: NamedOutput(zip(names, values, strict=True)),
+    serialized_type_name="diffcache_fx.NamedOutput",
+)
+
+
+class Convention(Data):
+    """What a call looks like, going in and coming out.
+
+    parameters: those of the model's forward. arguments: a tree for each argument of the captured call. latents,
+    timestep, conditioning: leaves by which a call's place in a generation is recognised. output: the tree of the
+    model's output, over its tensors; output_constants: leaves of it that are no tensors.
+    """
+
+    parameters: tuple[Parameter, ...]
+    arguments: dict[str, Tree]
+    leaves: tuple[Leaf, ...]
+    latents: int
+    timestep: int | None
+    conditioning: tuple[int, ...]
+    output: Tree
+    output_constants: dict[int, Scalar]
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The leaves of a call, checked. Raises CallError, naming the argument, where it is not the captured call."""
+        given = self._bind(args, kwargs)
+        leaves: list[Any] = [None] * len(self.leaves)
+        for name, tree in self.arguments.items():
+            if name not in given:
+                raise CallError(f"the argument {name!r} is missing: the bundle was made with it")
+            _take(tree, given[name], leaves, name)
+        for index, (leaf, value) in enumerate(zip(self.leaves, leaves, strict=True)):
+            _check_kind(leaf, value, index == self.latents)
+        return leaves
+
+    def tensors(self, leaves: Sequence[Any]) -> dict[int, torch.Tensor]:
+        """The program's tensor inputs by leaf; contiguous, since artefacts are built for that layout."""
+        return {
+            i: number_tensor(leaves[i]) if leaf.kind == "number" else leaves[i].contiguous()
+            for i, leaf in enumerate(self.leaves)
+            if leaf.kind != "constant"
+        }
+
+    def unflatten(self, tensors: Sequence[torch.Tensor], as_tuple: bool = False) -> Any:
+        """The model's output from its tensors, in order."""
+        supply = iter(tensors)
+        total = len(tensors) + len(self.output_constants)
+        leaves = [self.output_constants[i] if i in self.output_constants else next(supply) for i in range(total)]
+        made = _build(self.output, leaves)
+        return made.to_tuple() if as_tuple and isinstance(made, NamedOutput) else made
+
+    def wants_tuple(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call asks for a plain tuple although the captured one did not (diffusers' return_dict)."""
+        return kwargs.get("return_dict") is False and self.output.kind == "named"
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        places = [p for p in self.parameters if not p.keyword_only]
+        given = {f"arg{i}": value for i, value in enumerate(args) if i >= len(places)}
+        given |= {parameter.name: value for parameter, value in zip(places, args, strict=False)}
+        for name, value in kwargs.items():
+            if name in given:
+                raise CallError(f"the argument {name!r} was given twice")
+            given[name] = value
+        if self.output.kind == "named" and given.get("return_dict") is False:
+            given["return_dict"] = True
+            if "return_dict" not in self.arguments:
+                del given["return_dict"]
+        defaults = {parameter.name: parameter.default for parameter in self.parameters if not parameter.required}
+        for name in self.arguments:
+            if name not in given and name in defaults:
+                given[name] = defaults[name]
+        for name in [name for name in given if name not in self.arguments]:
+            if name not in defaults or not _same(given[name], defaults[name]):
+                raise CallError(
+                    f"the bundle was made without the argument {name!r}: leave it out, or export with a call that "
+                    "has it"
+                )
+        return given
+
+
+def _same(value: Any, default: Scalar) -> bool:
+    return type(value) is type(default) and value == default
+
+
+def _take(tree: Tree, value: Any, leaves: list[Any], where: str) -> None:
+    if tree.kind == "leaf":
+        leaves[tree.leaf] = value
+        return
+    kinds = {"list": list, "tuple": tuple, "dict": dict}
+    if not isinstance(value, kinds[tree.kind]):
+        raise CallError(f"{where} must be a {tree.kind}, as in the call the bundle was made with, not {_told(value)}")
+    if tree.kind == "dict":
+        if set(value) != set(tree.keys):
+            raise CallError(f"{where} must have the keys {', '.join(tree.keys)}, not {', '.join(map(str, value))}")
+        pairs = [(f"{where}[{key!r}]", value[key]) for key in tree.keys]
+    else:
+        if len(value) != len(tree.items):
+            raise CallError(f"{where} must have {len(tree.items)} entries, not {len(value)}")
+        pairs = [(f"{where}[{i}]", entry) for i, entry in enumerate(value)]
+    for item, (place, entry) in zip(tree.items, pairs, strict=True):
+        _take(item, entry, leaves, place)
+
+
+def _check_kind(leaf: Leaf, value: Any, latents: bool) -> None:
+    if leaf.kind == "constant":
+        if not _same(value, leaf.value):
+            raise CallError(
+                f"{leaf.name} is {leaf.value!r} in this bundle, which is part of its programs; this call has "
+                f"{_told(value)}: export again with that"
+            )
+        return
+    if leaf.kind == "number":
+        kind = int if leaf.dtype == "int64" else float
+        if not is_number(value) or not isinstance(value, kind):
+            raise CallError(f"{leaf.name} must be a Python {kind.__name__}, not {_told(value)}")
+        return
+    if not isinstance(value, torch.Tensor):
+        raise CallError(f"{leaf.name} must be a {leaf.dtype} tensor, not {_told(value)}")
+    if name_of_dtype(value.dtype) != leaf.dtype:
+        raise CallError(
+            f"{leaf.name} must be {leaf.dtype}, not {name_of_dtype(value.dtype)}: the bundle was made for "
+            f"{leaf.dtype}{' latents' if latents else ''}"
+        )
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {name_of_dtype(value.dtype)} tensor {list(value.shape)}"
+    return repr(value) if isinstance(value, _SCALARS) else type(value).__name__
+
+
+def _build(tree: Tree, leaves: Sequence[Any]) -> Any:
+    if tree.kind == "leaf":
+        return leaves[tree.leaf]
+    items = [_build(item, leaves) for item in tree.items]
+    if tree.kind == "list":
+        return items
+    if tree.kind == "tuple":
+        return tuple(items)
+    pairs = zip(tree.keys, items, strict=True)
+    return dict(pairs) if tree.kind == "dict" else NamedOutput(pairs)
+
+
+# --- from a captured call --------------------------------------------------------------------------------------------
+
+
+def describe(
+    forward: Any,
+    program: StepProgram,
+    latents: int,
+    timestep: int | None,
+    conditioning: Sequence[int],
+) -> Convention:
+    """A captured call as data. Raises ExportError where an argument or the output is an object JSON cannot tell."""
+    signature = program.signature
+    parameters = _parameters(forward)
+    positional = [parameter.name for parameter in parameters if not parameter.keyword_only]
+    nodes = program.graph.find_nodes(op="placeholder")
+    examples = {int(entry.target): nodes[i].meta["val"] for i, entry in program.inputs_of(InputKind.USER)}
+    args, kwargs = signature.in_spec.children()
+    counter = iter(range(len(signature.leaves)))
+    arguments = {}
+    for place, spec in enumerate(args.children()):
+        name = positional[place] if place < len(positional) else f"arg{place}"
+        arguments[name] = _tree(spec, counter, name)
+    for name, spec in zip(kwargs.context, kwargs.children(), strict=True):
+        arguments[name] = _tree(spec, counter, name)
+    return Convention(
+        parameters=parameters,
+        arguments=arguments,
+        leaves=tuple(_leaf(signature, i, examples.get(i)) for i in range(len(signature.leaves))),
+        latents=latents,
+        timestep=timestep,
+        conditioning=tuple(conditioning),
+        output=_tree(signature.out_spec, iter(range(signature.out_spec.num_leaves)), "the output", named=True),
+        output_constants={i: _scalar(value, "the output") for i, value in signature.out_constants},
+    )
+
+
+def _leaf(signature: CallSignature, index: int, example: Any) -> Leaf:
+    value, name = signature.leaves[index], signature.names[index]
+    if value is not TENSOR:
+        if isinstance(value, torch.Tensor):
+            raise ExportError(
+                f"the values of {name!r} are part of the program (they decide a shape or a branch), and a file cannot "
+                "check them: export a model whose shapes do not depend on them"
+            )
+        return Leaf(name=name, kind="constant", value=_scalar(value, name))
+    if index in signature.numbers:
+        return Leaf(name=name, kind="number", dtype=name_of_dtype(example.dtype))
+    return Leaf(name=name, kind="tensor", dtype=name_of_dtype(example.dtype), shape=sizes_of(example.shape))
+
+
+def _scalar(value: Any, where: str) -> Scalar:
+    if not isinstance(value, _SCALARS):
+        raise ExportError(
+            f"{where} holds a {type(value).__name__}, which a manifest cannot tell: pass tensors, numbers, strings or "
+            "booleans, or leave it out"
+        )
+    return value
+
+
+def _parameters(forward: Any) -> tuple[Parameter, ...]:
+    kinds = inspect.Parameter
+    found = []
+    for parameter in inspect.signature(forward).parameters.values():
+        if parameter.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD):
+            continue
+        plain = isinstance(parameter.default, _SCALARS)
+        found.append(
+            Parameter(
+                name=parameter.name,
+                keyword_only=parameter.kind is kinds.KEYWORD_ONLY,
+                required=parameter.default is kinds.empty or not plain,
+                default=parameter.default if plain else None,
+            )
+        )
+    return tuple(found)
+
+
+def _tree(spec: pytree.TreeSpec, counter: Any, where: str, named: bool = False) -> Tree:
+    if spec.is_leaf():
+        return Tree(kind="leaf", leaf=next(counter))
+    items = tuple(_tree(child, counter, where, named) for child in spec.children())
+    if spec.type in (list, tuple):
+        return Tree(kind=spec.type.__name__, items=items)
+    names = _field_names(spec) if named or spec.type is dict else None
+    if names is None:
+        raise ExportError(
+            f"{where} holds a {getattr(spec.type, '__name__', spec.type)}, which a manifest cannot tell: use tensors, "
+            "lists, tuples and dicts"
+        )
+    kind: Literal["dict", "named"] = "dict" if spec.type is dict else "named"
+    return Tree(kind=kind, items=items, keys=names, name=spec.type.__name__)
+
+
+def _field_names(spec: pytree.TreeSpec) -> tuple[str, ...] | None:
+    """Names of the children of a dict, a named tuple, a dataclass, or one of diffusers' outputs."""
+    kind, count = spec.type, len(spec.children())
+    if isinstance(kind, type) and issubclass(kind, dict) and isinstance(spec.context, (list, tuple)):
+        names = tuple(spec.context)
+    elif hasattr(kind, "_fields"):
+        names = tuple(kind._fields)
+    elif dataclasses.is_dataclass(kind):
+        names = tuple(entry.name for entry in dataclasses.fields(kind))
+    elif getattr(spec.context, "_fields", None):
+        names = tuple(spec.context._fields)
+    else:
+        return None
+    return names if len(names) == count and all(isinstance(name, str) for name in names) else None
+
+
+__all__ = ["Convention", "Data", "Leaf", "NamedOutput", "Parameter", "Tree", "describe", "dtype_named"]
