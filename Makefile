@@ -7,7 +7,7 @@ TEST_STAMP := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test lint types sweep methods clean install
+.PHONY: help demo test lint types sweep methods engines clean install
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -37,6 +37,9 @@ sweep: $(TEST_STAMP) ## what takes long: the whole corpus under Inductor, the co
 
 methods: $(TEST_STAMP) ## every method on the demo model, quality against speed; hours, goes on where it was interrupted
 	$(BIN)/python -m bench.methods
+
+engines: $(TEST_STAMP) ## exported engines against uncached ones, in each runtime that is here
+	$(BIN)/python -m bench.engines
 
 install: $(TEST_STAMP) ## the library, editable, with what the tests need
 

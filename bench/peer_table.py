@@ -17,6 +17,7 @@ from .peer_ours import OURS, OursFactory
 
 Facts = Mapping[str, Any]
 NOTES = """One run, all contenders in turn, each in a process of its own; every contender refreshes at the same steps.
+The allocator of all of them is told to keep freed memory: otherwise page faults, not caching, decide in eager mode.
 
 - over ours: latency of a generation over that of this library's static schedule that caches the same values, same mode
   (above 1: ours is faster), with the 95 % bootstrap interval

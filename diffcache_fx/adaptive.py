@@ -88,6 +88,7 @@ class Adaptive:
     kind: ClassVar[str]
     adaptive: ClassVar[bool] = True
     timesteps: ClassVar[None] = None
+    offers: ClassVar[tuple[str, ...]] = ()  # what it measures for forecasts that want it
     threshold: float
 
     @property
@@ -199,6 +200,7 @@ class ProbeChange(Adaptive):
     """
 
     kind: ClassVar[str] = "probe_change"
+    offers: ClassVar[tuple[str, ...]] = ("ratio",)
     threshold: float = 0.4
     depth: int = 1
     minus_input: bool = False

@@ -94,7 +94,7 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
         yield told
 
 
-def _named(texts: list[str]) -> dict[str, Any]:
+def named(texts: list[str]) -> dict[str, Any]:
     from .arguments import parse_schedule
 
     return {text: parse_schedule(text) for text in texts}
@@ -112,7 +112,7 @@ def demo(
     with one_sentence():
         from .demo import run
 
-        schedules = _named(schedule or list(run.DEFAULT_SCHEDULES))
+        schedules = named(schedule or list(run.DEFAULT_SCHEDULES))
         with bars() as told:
             found = run.run_demo(schedules, out, steps=steps, images=images, backend=backend, progress=told)
         console.print(found.table())
@@ -123,17 +123,20 @@ def demo(
 
 @app.command()
 def inspect(
-    model: Model,
+    model: Annotated[str, typer.Argument(help="MODEL as elsewhere, or the folder of a bundle", metavar="MODEL|BUNDLE")],
     schedule: Annotated[str, typer.Option("--schedule", "-s", help=SCHEDULE_HELP)] = "default",
     steps: Steps = 50,
     graph: Annotated[bool, typer.Option("--graph", help="also print the guarded step program as code")] = False,
 ) -> None:
-    """Explain what a schedule does to a model: regions, cuts, FLOPs, programs. Nothing runs or compiles."""
+    """Explain what a schedule does to a model: regions, cuts, FLOPs, programs; or what a bundle holds. Nothing runs."""
     with one_sentence():
+        if cli_bundles.is_bundle(model):
+            cli_bundles.show(Path(model))
+            return
         from .compile import compile_with_cache
         from .models import load_target
 
-        (found,) = _named([schedule]).values()
+        (found,) = named([schedule]).values()
         target = load_target(model)
         with errors.status(f"capturing {model}"):
             cached = compile_with_cache(
@@ -163,7 +166,7 @@ def bench(
         from .demo.run import Digits
         from .models import load_target
 
-        schedules = _named(schedule or ["default"])
+        schedules = named(schedule or ["default"])
         target = load_target(model)
         workload: Workload
         if target.demo is not None:
@@ -231,6 +234,8 @@ def doctor() -> None:
             table.add_row(found.subject, "[green]yes" if found.well else "[yellow]no", escape(found.detail))
         console.print(table)
 
+
+from . import cli_bundles  # noqa: E402 - its commands are added to the app above
 
 if __name__ == "__main__":
     app()

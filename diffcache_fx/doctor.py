@@ -78,8 +78,9 @@ def backends() -> list[Finding]:
     return [
         Finding("eager", True, "operator by operator"),
         _inductor(),
-        _imports("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "pip install 'diffcache_fx[onnx]'"),
-        _imports("tensorrt-rtx", ("tensorrt_rtx",), "pip install 'diffcache_fx[tensorrt-rtx]'"),
+        _aot_inductor(),
+        _onnxruntime(),
+        _tensorrt(),
         _imports("torch_tensorrt", ("torch_tensorrt",), "a CUDA build of torch and pip install 'diffcache_fx[gpu]'"),
     ]
 
@@ -91,6 +92,35 @@ def _inductor() -> Finding:
     if compiler is None:
         return Finding("inductor", False, "needs a C++ compiler: install g++ or clang++, or name one in CXX")
     return Finding("inductor", True, f"C++ through {os.path.basename(compiler)}")
+
+
+def _aot_inductor() -> Finding:
+    """What builds packages is Inductor; what runs them is PyTorch itself."""
+    found = _inductor()
+    return Finding("aot-inductor", found.well, f"builds with and runs in torch; {found.detail}")
+
+
+def _onnxruntime() -> Finding:
+    found = _imports("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "pip install 'diffcache_fx[onnx]'")
+    if not found.well:
+        return found
+    import onnxruntime
+
+    names = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    return Finding("onnxruntime", True, f"exports and runs; providers: {names}")
+
+
+def _tensorrt() -> Finding:
+    """Building an engine needs no GPU with TensorRT-RTX; running one always does."""
+    from .errors import ExportError
+    from .export.tensorrt import find_tensorrt
+
+    try:
+        module = find_tensorrt()
+    except ExportError as error:
+        return Finding("tensorrt", False, str(error))
+    runs = "runs them" if torch.cuda.is_available() else "running them needs a GPU, and there is none"
+    return Finding("tensorrt", True, f"{module.__name__} {module.__version__} builds engines; {runs}")
 
 
 def _imports(subject: str, modules: tuple[str, ...], way: str) -> Finding:

@@ -105,7 +105,7 @@ class ProbeRatio(RowForecast):
 
     kind: ClassVar[str] = "probe_ratio"
     slots: ClassVar[int] = 2
-    needs_measured: ClassVar[bool] = True
+    wants: ClassVar[tuple[str, ...]] = ("ratio",)
     low: float = 1.0
     high: float = 1.5
 

@@ -23,12 +23,12 @@ NOTHING: Mapping[str, Number] = MappingProxyType({})
 class RowForecast:
     """What every forecast shares.
 
-    kind: its name in saved schedules. slots: how many refreshed values it looks at. needs_measured: it looks at numbers
-    that the guard measures. in_graph: its row can also be computed inside a graph.
+    kind: its name in saved schedules. slots: how many refreshed values it looks at. wants: numbers that the guard must
+    measure for it. in_graph: its row can also be computed inside a graph.
     """
 
     kind: ClassVar[str]
-    needs_measured: ClassVar[bool] = False
+    wants: ClassVar[tuple[str, ...]] = ()
     in_graph: ClassVar[bool] = True
 
     @property
@@ -40,7 +40,7 @@ class RowForecast:
 
         positions: where the values were refreshed on the step axis, newest first; at least one, in any spacing,
         repeated ones included. With fewer than `slots` the forecast is of the lower order that they allow; those beyond
-        `slots` get weight 0. step: where the forecast is wanted. measured: numbers by name, see `needs_measured`.
+        `slots` get weight 0. step: where the forecast is wanted. measured: numbers by name, see `wants`.
         Weights are Python floats where no tensor enters them.
         """
         used = tuple(positions[: self.slots])

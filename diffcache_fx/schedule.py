@@ -53,6 +53,14 @@ class Rule:
         _check_member("regions", self.regions, SELECTIONS)
         _check_member("guard", self.guard, GUARDS)
         _check_member("forecast", self.forecast, FORECASTS)
+        missing = set(self.forecast.wants) - set(getattr(self.guard, "offers", ()))
+        if missing:
+            able = ", ".join(kind.__name__ for kind in GUARDS if missing <= set(getattr(kind, "offers", ())))
+            raise ScheduleError(
+                f"the forecast {self.forecast.kind!r} wants a number that the guard measures "
+                f"({', '.join(sorted(missing))}), and {type(self.guard).__name__} measures none: use it with {able}, "
+                "or take another forecast"
+            )
         if self.storage not in STORAGES:
             raise ScheduleError(f"storage must be one of {', '.join(STORAGES)}, not {self.storage!r}")
         if self.share not in SHARES:

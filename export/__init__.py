@@ -1,7 +1,7 @@
 """Lowerings: one target per file, each from a StepProgram to something callable or to a file; and bundles, which carry
 a cached denoiser out of Python.
 
-`to_onnx(cached, folder, form=...)` writes a bundle, `load_bundle(folder)` runs it.
+`to_onnx`, `to_aot_inductor` and `to_tensorrt(cached, folder, form=...)` write a bundle, `load_bundle(folder)` runs it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .aot_inductor import to_aot_inductor
     from .loaded import BundleDenoiser, load_bundle
     from .onnx import to_onnx
+    from .tensorrt import to_tensorrt
+    from .triton import to_triton_repository
 
-__all__ = ["BundleDenoiser", "load_bundle", "to_onnx"]
-_HOMES = {"to_onnx": "onnx", "load_bundle": "loaded", "BundleDenoiser": "loaded"}
+__all__ = ["BundleDenoiser", "load_bundle", "to_aot_inductor", "to_onnx", "to_tensorrt", "to_triton_repository"]
+_HOMES = {
+    "to_onnx": "onnx",
+    "to_aot_inductor": "aot_inductor",
+    "to_tensorrt": "tensorrt",
+    "to_triton_repository": "triton",
+    "load_bundle": "loaded",
+    "BundleDenoiser": "loaded",
+}
 
 
 def __getattr__(name: str) -> Any:

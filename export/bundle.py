@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from diffcache_fx.denoiser import CachedDenoiser
 
 Told = Callable[[str], None]
+_OUTER = 2  # parts of a path whose attributes are told
 
 
 @dataclass
@@ -87,7 +88,7 @@ def write_bundle(
     plan = plan_table(captured, chosen)  # a plan that does not fit is refused before anything is written
     program = captured.program
     call = describe(captured.module.forward, program, signature.latents, signature.timestep, signature.conditioning)
-    with _staged(Path(folder), overwrite) as staging:
+    with staged(Path(folder), overwrite) as staging:
         job = Job(staging, chosen, Parameters(captured.module), tell)
         written = writer(job)
         tell("checksums")
@@ -98,6 +99,7 @@ def write_bundle(
             created_with={"diffcache_fx": __version__, "torch": torch.__version__, **job.versions},
             model=type(captured.module).__name__,
             config=_config(captured.module),
+            attributes=_attributes(captured.module),
             dtype=name_of_dtype(_dtype(captured.module)),
             device=device.type,
             schedule=plain(captured.schedule.to_dict()),
@@ -135,11 +137,12 @@ def write_bundle(
 
 
 @contextmanager
-def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the target that takes its place once all is written; an error leaves nothing behind."""
+def staged(target: Path, overwrite: bool, marker: str = NAME) -> Iterator[Path]:
+    """A folder beside the target that takes its place once all is written; an error leaves nothing behind. A target
+    that is there is replaced if that is wanted and it holds the file `marker`."""
     if target.exists() and not overwrite:
         raise ExportError(f"{target} exists already: choose another folder, or pass overwrite=True")
-    if target.exists() and not (target / NAME).is_file():
+    if target.exists() and not (target / marker).is_file():
         raise ExportError(f"{target} is no bundle, so it is not overwritten: choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
@@ -211,6 +214,17 @@ def _config(module: torch.nn.Module) -> dict[str, Any]:
     config = getattr(module, "config", None)
     found = dict(config) if isinstance(config, Mapping) else {}
     return {str(name): plain(value) for name, value in found.items() if _tellable(value)}
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """Whole numbers and strings that the model's outer modules hold (`add_embedding.linear_1.in_features`, say)."""
+    found = {}
+    for path, child in module.named_modules():
+        if path.count(".") < _OUTER and not any(part.isdigit() for part in path.split(".")):
+            own = {k: v for k, v in vars(child).items() if type(v) in (int, str) and not k.startswith("_")}
+            if path and own:
+                found[path] = own
+    return found
 
 
 def _tellable(value: Any) -> bool:

@@ -36,8 +36,13 @@ def weights_of(program: StepProgram, parameters: Callable[[str], torch.Tensor]) 
     }
 
 
-def to_exported(program: StepProgram, parameters: Callable[[str], torch.Tensor]) -> ExportedProgram:
-    """The program as PyTorch's exporters know it. It shares the weights, and has a graph of its own."""
+def to_exported(
+    program: StepProgram, parameters: Callable[[str], torch.Tensor], examples: bool = False
+) -> ExportedProgram:
+    """The program as PyTorch's exporters know it. It shares the weights, and has a graph of its own.
+
+    examples: keep example inputs where sizes are symbolic, too; PyTorch may make guards of them, and misname symbols.
+    """
     copied = program.copy()
     nodes = copied.graph.find_nodes(op="placeholder")
     weights = weights_of(program, parameters)
@@ -66,8 +71,7 @@ def to_exported(program: StepProgram, parameters: Callable[[str], torch.Tensor])
         {name: _parameter(tensor) for name, tensor in weights.items() if name not in held},
         ranges,
         [ModuleCallEntry("", call)],
-        # PyTorch would turn these into guards on shapes, and misname symbolic ones.
-        example_inputs=None if ranges else (args, {}),
+        example_inputs=None if ranges and not examples else (args, {}),
         constants={name: tensor for name, tensor in weights.items() if name in held},
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffcache_fx.passes.deduplicate import Deduplicate
+from diffcache_fx.passes.drop_state import DropState
 from diffcache_fx.passes.guard import group_name
 
 from diffcache_fx.driver import Driver
@@ -42,6 +43,8 @@ def choose(captured: Captured, form: str | None, num_steps: int | None) -> Chose
 
     Raises ExportError where the schedule cannot be had in this form, and ScheduleError where it needs num_steps.
     """
+    from diffcache_fx.compile import run_passes  # which imports this package
+
     measures = any(entry.before for entry in captured.program.measured)
     lagged = captured.options.decide == "lagged"
     if form is None:
@@ -75,7 +78,10 @@ def choose(captured: Captured, form: str | None, num_steps: int | None) -> Chose
             found[PROBE] = (PROBE, captured.probe())
     if captured.schedule.branch is not None:
         found |= {name: (name, captured.extra(name)) for name in (DIFFERENCE, REBUILD)}
-    programs = {name: Deduplicate()(program) for name, (_, program) in found.items()}
+    used = frozenset[str]().union(*choice.programs)
+    idle = frozenset(region.name for region in captured.program.regions if region.name not in used)
+    last = (Deduplicate(),) if form == "branch" or not idle else (DropState(idle), Deduplicate())
+    programs = {name: run_passes(program, last) for name, (_, program) in found.items()}
     keys = {name: key for name, (key, _) in found.items()}
     return Chosen(form, num_steps, programs, keys, choice, groups)  # type: ignore[arg-type]
 
@@ -93,7 +99,7 @@ def plan_table(captured: Captured, chosen: Chosen) -> tuple[Step, ...]:
     The driver itself is run, around programs that only take notes.
     """
     schedule = captured.schedule
-    if chosen.num_steps is None or schedule.adaptive or schedule.needs_timestep or chosen.form == "branch":
+    if chosen.num_steps is None or schedule.adaptive or schedule.needs_timestep:
         return ()
     Plan(schedule, captured.program.regions, chosen.num_steps)
     names = {key: name for name, key in chosen.keys.items()}
@@ -104,14 +110,11 @@ def plan_table(captured: Captured, chosen: Chosen) -> tuple[Step, ...]:
         arguments = Arguments(torch.empty(0), None, ())
         place = driver.locate(arguments, (), Hints("plan", step_index=step, num_steps=chosen.num_steps))
         driver.step(steps, place, {})
-        key, rows = steps.ran
+        key, rows, predicates = steps.ran
         state: CacheState = place.context.payload
-        store = {
-            region.name: state.histories[region.name].ages[0]
-            for region in captured.program.regions
-            if not isinstance(key, str) and region.name not in key
-        }
-        table.append(Step(program=names[key], store=store, rows=rows))
+        stored = not isinstance(key, str) and chosen.form != "branch"
+        store = {r.name: state.histories[r.name].ages[0] for r in steps.regions if stored and r.name not in key}
+        table.append(Step(program=names[key], store=store, rows=rows, predicates=predicates))
     return tuple(table)
 
 
@@ -119,14 +122,18 @@ class _Notes(StepSet):
     """Programs that compute nothing, and note what they were asked."""
 
     def __init__(self, captured: Captured, chosen: Chosen) -> None:
-        super().__init__(captured.program.regions, {}, chosen.choice, captured.weight, _no_weights)
-        self.ran: tuple[Any, tuple[tuple[float, ...], ...]] = ("", ())
+        super().__init__(captured.program.regions, {}, chosen.choice, captured.weight, _no_weights, chosen.groups)
+        self.branching = chosen.form == "branch"
+        self.ran: tuple[Any, tuple[tuple[float, ...], ...], dict[str, bool]] = ("", (), {})
 
     def run(self, key: Key, state: CacheState, feed: Feed) -> Results:
         rows = () if feed.rows is None else tuple(tuple(row) for row in feed.rows.tolist())
-        self.ran = key, rows
-        fresh = {region.name: [torch.zeros(2) for _ in region.cut] for region in self.regions if region.name not in key}
-        return Results([torch.empty(0)], fresh, {}, {}, {}, {})
+        self.ran = key, rows, {name: bool(value) for name, value in feed.predicates.items()}
+        if self.branching:
+            kept = {name: [v for slots in state.zeros(name) for v in slots] for name in state.histories}
+            return Results([torch.zeros(1)], kept, {}, {}, {}, {})
+        fresh = {r.name: [torch.zeros(2) for _ in r.cut] for r in self.regions if r.name not in key}
+        return Results([torch.zeros(1)], fresh, {}, {}, {}, {})
 
 
 def _no_weights(name: str) -> torch.Tensor:

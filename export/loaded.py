@@ -20,6 +20,7 @@ from diffcache_fx.report import Stats, summarize
 from diffcache_fx.schedule import CacheSchedule
 from diffcache_fx.step_set import DIFFERENCE, PROBE, REBUILD, Key, StepSet
 
+from .aot_inductor import WEIGHTS
 from .forms import STEP
 from .lowered import Lowered, Run
 from .manifest import Manifest, Program, check_files, read_manifest
@@ -55,18 +56,25 @@ def load_bundle(
         )
     if verify:
         check_files(path, manifest)
-    opened = _opener(manifest, options)
     place = torch.device(device)
+    opened = _opener(manifest, path, place, options)
     runs = {name: opened(path / program.file, program, place) for name, program in manifest.programs.items()}
     return BundleDenoiser(manifest, runs, place, path)
 
 
-def _opener(manifest: Manifest, options: Mapping[str, Any]) -> Open:
+def _opener(manifest: Manifest, folder: Path, device: torch.device, options: Mapping[str, Any]) -> Open:
     if manifest.artefact == "onnx":
         from . import run_onnx
 
         run_onnx.runtime_version()
         return lambda path, program, device: run_onnx.open_model(path, program, device, **options)
+    if options:
+        raise BundleError(f"the options {', '.join(sorted(options))} are for ONNX Runtime, not for {manifest.artefact}")
+    if manifest.artefact == "aot_inductor":
+        from .run_aot import Packages
+
+        packages = Packages(folder / WEIGHTS, device)
+        return lambda path, program, _: packages.open(path, program)
     raise BundleError(f"this library does not run {manifest.artefact} artefacts yet")
 
 
@@ -77,6 +85,22 @@ class Config(dict):  # type: ignore[type-arg]
         if name in self:
             return self[name]
         raise AttributeError(f"the bundle's config has no entry {name!r}")
+
+
+class _Outline:
+    """A module of the model as far as the manifest tells it: its plain attributes, and the modules inside."""
+
+    def __init__(self, attributes: Mapping[str, Mapping[str, Any]], path: str) -> None:
+        self._attributes, self._path = attributes, path
+
+    def __getattr__(self, name: str) -> Any:
+        own = self._attributes.get(self._path, {})
+        if name in own:
+            return own[name]
+        inner = f"{self._path}.{name}".lstrip(".")
+        if any(path == inner or path.startswith(inner + ".") for path in self._attributes):
+            return _Outline(self._attributes, inner)
+        raise AttributeError(f"the bundle does not tell {inner!r} of its model: it holds programs, not modules")
 
 
 class BundleDenoiser(Generations, nn.Module):
@@ -133,6 +157,14 @@ class BundleDenoiser(Generations, nn.Module):
                     f"{leaf.name} lies on {value.device}, and the bundle was loaded for {self.device}: move it there"
                 )
         return tuple(shapes)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "manifest" not in self.__dict__:
+                raise
+        return getattr(_Outline(self.manifest.attributes, ""), name)
 
     def _local(self) -> threading.local:
         return self._threads

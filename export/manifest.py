@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from diffcache_fx.errors import BundleError
 
-from .convention import Convention, Data
+from .convention import Convention, Data, Scalar
 from .ports import Size
 
 FORMAT, VERSION = "diffcache_fx.bundle", 1
@@ -79,13 +79,15 @@ class MeasuredData(Data):
 class Step(Data):
     """One step of a plan that is known ahead, for one guidance branch.
 
-    program: which to run. store: for each region that it refreshes, the slot that its fresh values go to. rows: the
-    forecast weights [regions, slots], empty where the program takes none.
+    program: which to run. store: for each region that it refreshes, the slot that its fresh values go to (a value with
+    fewer slots takes the remainder). rows: the forecast weights [regions, slots], empty where the program takes none.
+    predicates: for the branch form, whether each group refreshes; that form returns the history as it is to go in next.
     """
 
     program: str
     store: dict[str, int]
     rows: tuple[tuple[float, ...], ...] = ()
+    predicates: dict[str, bool] = Field(default_factory=dict)
 
 
 class Control(Data):
@@ -114,7 +116,8 @@ class File(Data):
 
 class Manifest(Data):
     """The bundle's description. artefact: what runs its programs. schedule: as `CacheSchedule.to_dict` writes it:
-    thresholds, polynomials, forecasts, limits."""
+    thresholds, polynomials, forecasts, limits. attributes: plain attributes of the model's outer modules, by path:
+    pipelines look at some."""
 
     format: Literal["diffcache_fx.bundle"] = "diffcache_fx.bundle"
     version: int = VERSION
@@ -123,6 +126,7 @@ class Manifest(Data):
     created_with: dict[str, str]
     model: str
     config: dict[str, Any]
+    attributes: dict[str, dict[str, Scalar]]
     dtype: str
     device: str
     schedule: dict[str, Any]

@@ -288,12 +288,12 @@ def test_rows_by_step_need_the_host() -> None:
         assert torch.equal(cached(*at(4)), NET(*at(4)))  # what failed has left nothing behind
 
 
-@pytest.mark.parametrize("decide", ["host", "graph"])
-def test_a_forecast_that_needs_a_probe(decide: Any) -> None:
-    cached = compiled(schedules.first_block_cache(9.0, forecast=ProbeRatio(), warm_up=2), decide=decide)
+def test_a_forecast_that_needs_a_probe() -> None:
     with pytest.raises(ScheduleError) as error:
-        run(cached, 4)
-    says(error, "'probe_ratio'", "ProbeChange", "another forecast")
+        schedules.first_block_cache(9.0, forecast=ProbeRatio())
+    says(error, "'probe_ratio'", "ratio", "ProbeChange", "another forecast")
+    with pytest.raises(ScheduleError):
+        schedules.interval(2, forecast=ProbeRatio())
 
 
 @pytest.mark.parametrize("name", ["first_block_cache", "tea_cache", "easy_cache", "di_cache", "speca"])

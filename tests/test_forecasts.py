@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffcache_fx import arithmetic
+from diffcache_fx.adaptive import ProbeChange
 from diffcache_fx.arguments import parse_schedule
 from diffcache_fx.errors import ScheduleError
 from diffcache_fx.forecasts import (
@@ -36,6 +37,7 @@ from diffcache_fx.forecasts import (
     Rows,
     Taylor,
 )
+from diffcache_fx.guards import Interval
 from diffcache_fx.rows import unit
 from diffcache_fx.schedule import CacheSchedule, Rule
 from diffcache_fx.selection import Blocks, Modules, Sublayers
@@ -94,7 +96,7 @@ def test_every_kind_is_listed_once() -> None:
     assert {type(forecast) for forecast in (*EQUATIONS, TABLE)} == set(FORECASTS)
     kinds = [kind.kind for kind in FORECASTS]  # type: ignore[attr-defined]
     assert len(set(kinds)) == len(kinds) == 13
-    assert [kind for kind in FORECASTS if kind.needs_measured] == [ProbeRatio]  # type: ignore[attr-defined]
+    assert [kind for kind in FORECASTS if kind.wants] == [ProbeRatio]  # type: ignore[attr-defined]
     assert [kind for kind in FORECASTS if not kind.in_graph] == [Rows]  # type: ignore[attr-defined]
 
 
@@ -482,7 +484,8 @@ def test_truths_of_both_kinds_mix(tensor: int) -> None:
 
 @pytest.mark.parametrize("forecast", [*EQUATIONS, TABLE], ids=label)
 def test_schedules_carry_forecasts_through_json(forecast: Forecast) -> None:
-    schedule = CacheSchedule(rules=(Rule(forecast=forecast),))
+    guard = ProbeChange() if forecast.wants else Interval()
+    schedule = CacheSchedule(rules=(Rule(guard=guard, forecast=forecast),))
     again = CacheSchedule.from_json(schedule.to_json())
     assert again == schedule
     assert again.rules[0].forecast == forecast

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from diffcache_fx import CacheWarning, compile_with_cache, schedules
+from diffcache_fx import CacheWarning, compile_with_cache, export, schedules
+from diffcache_fx.measure import relative_error
 from tests.tiny_pipelines import CASES, AbortedError, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -131,3 +133,19 @@ def test_the_pipeline_sees_the_model(case: Case, plain: Any) -> None:
     assert pipe.device.type == "cpu"
     assert pipe.to("cpu") is pipe
     setattr(pipe, case.component, model)
+
+
+@pytest.mark.parametrize("name", ["DiTPipeline", "FluxPipeline", "StableDiffusionXLPipeline"])
+def test_a_bundle_takes_the_denoisers_place(name: str, tmp_path: Path) -> None:
+    """Captured by a run of the pipeline itself, exported, and put back as files."""
+    case = next(case for case in CASES if case.name == name)
+    pipe = case.build()
+    cached = compile_with_cache(case.denoiser(pipe), schedules.interval(2), backend="eager", num_steps=STEPS)
+    setattr(pipe, case.component, cached)
+    expected = [_run(case, pipe, prompt) for prompt in (0, 1)]
+    decided = [(d.context, d.step, d.reused) for d in cached.stats().decisions]
+    loaded = export.load_bundle(export.to_onnx(cached, tmp_path / "bundle"))
+    setattr(pipe, case.component, loaded)
+    found = [_run(case, pipe, prompt) for prompt in (0, 1)]
+    assert [(d.context, d.step, d.reused) for d in loaded.stats().decisions] == decided
+    assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) < 1e-3

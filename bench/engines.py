@@ -1,0 +1,256 @@
+"""What an exported engine is worth: `python -m bench.engines [--model M] [--rounds N] [--only RUNTIME...]`.
+
+For the demo model and the 28 blocks of `bench.step`, whole generations through each runtime: the uncached export, and
+cached ones in each form, beside torch.compile, in turn in one run. A speed-up is against the uncached export of the
+same runtime; ideal is by executed FLOPs. A cell that was not run says why. Where a GPU is found, everything runs there,
+and TensorRT engines are built and run too. Writes `bench/results/engines.json` and `engines.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.peer_workloads import NAMES, STEPS, Subject, subject
+from diffcache_fx import CacheSchedule, Linear, compile_with_cache, export, schedules
+from diffcache_fx.errors import CacheError
+from diffcache_fx.measure import Ratio, compiled_baseline, interleaved
+
+RESULTS = Path(__file__).parent / "results" / "engines.json"
+RUNTIMES = ("torch.compile", "onnxruntime", "aot_inductor", "tensorrt")
+HEADINGS = ("runtime", "schedule", "form", "export, s", "MiB", "s per generation", "speed-up", "ideal", "fidelity")
+UNCACHED = "uncached"
+# By name: the schedule, and the forms it is exported in.
+SCHEDULES: dict[str, tuple[CacheSchedule, tuple[str, ...]]] = {
+    UNCACHED: (schedules.always(), ("pair",)),
+    "interval 3, linear": (schedules.interval(3, forecast=Linear()), ("pair", "branch")),
+    "first block, 0.1": (schedules.first_block_cache(0.1), ("split", "branch")),
+}
+
+
+@dataclass
+class Cell:
+    """One schedule in one form through one runtime. reason: why it was not run; empty if it was."""
+
+    runtime: str
+    schedule: str
+    form: str
+    reason: str = ""
+    export_s: float | None = None
+    bytes: int | None = None
+    latency_s: float | None = None
+    speedup: Ratio | None = None
+    ideal: float | None = None
+    fidelity: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.runtime} | {self.schedule} | {self.form}"
+
+
+class Bench:
+    """All cells of one model."""
+
+    def __init__(self, work: Subject, steps: int, device: str, folder: Path, runtimes: list[str]) -> None:
+        self.work, self.steps, self.device, self.folder, self.runtimes = work, steps, device, folder, runtimes
+        self.run: dict[str, Callable[..., Any]] = {}
+        self.cells: dict[str, Cell] = {}
+
+    def prepare(self, tick: Callable[[str], None]) -> None:
+        """Compile, export and load everything that can run here."""
+        for name, (schedule, forms) in SCHEDULES.items():
+            for runtime in self.runtimes:
+                for form in forms if runtime != "torch.compile" else ("",):
+                    cell = Cell(runtime, name, form)
+                    self.cells[cell.key] = cell
+                    tick(cell.key)
+                    try:
+                        self.run[cell.key] = self._made(cell, schedule)
+                    except CacheError as error:
+                        cell.reason = " ".join(str(error).split())
+
+    def _made(self, cell: Cell, schedule: CacheSchedule) -> Callable[..., Any]:
+        if cell.runtime == "torch.compile" and cell.schedule == UNCACHED:
+            return compiled_baseline(self.work.model, "inductor")
+        if cell.runtime == "torch.compile":
+            cached = self._cached(schedule, "inductor", "host")
+            cached.prepare()
+            return cached
+        if cell.runtime == "tensorrt" and self.device == "cpu":
+            raise CacheError("an engine runs on a GPU, and there is none here")
+        cached = self._cached(schedule, "eager", "graph" if cell.form == "branch" else "host")
+        writers = {
+            "onnxruntime": export.to_onnx,
+            "aot_inductor": export.to_aot_inductor,
+            "tensorrt": export.to_tensorrt,
+        }
+        start = time.perf_counter()
+        folder = writers[cell.runtime](cached, self.folder / cell.key.replace(" ", "_"), cell.form)
+        cell.export_s = time.perf_counter() - start
+        cell.bytes = sum(path.stat().st_size for path in folder.iterdir())
+        return export.load_bundle(folder, device=self.device)
+
+    def _cached(self, schedule: CacheSchedule, backend: str, decide: Any) -> Any:
+        return compile_with_cache(
+            self.work.model,
+            schedule,
+            backend=backend,
+            example_inputs=self.work.example,
+            num_steps=self.steps,
+            decide=decide,
+        )
+
+    def measure(self, rounds: int, tick: Callable[[str], None]) -> None:
+        """Whole generations in turn; then what each was worth."""
+        outputs: dict[str, list[torch.Tensor]] = {key: [] for key in self.run}
+        turns = dict.fromkeys(self.run, 0)
+
+        def generation(key: str) -> Callable[[], None]:
+            def run() -> None:
+                turns[key] += 1
+                outputs[key].append(self.work.generate(self.run[key], turns[key]))
+                reset = getattr(self.run[key], "reset", None)
+                if reset is not None:
+                    reset()
+
+            return run
+
+        functions = {key: generation(key) for key in self.run}
+        found = interleaved(functions, rounds=rounds, warmup=1, progress=lambda name, _: tick(name))
+        reference = outputs[f"torch.compile | {UNCACHED} | "]
+        for key in self.run:
+            cell = self.cells[key]
+            base = f"{cell.runtime} | {UNCACHED} | {'' if cell.runtime == 'torch.compile' else 'pair'}"
+            cell.latency_s = found.median(key)
+            cell.speedup = found.ratio(base, key) if base in self.run else None
+            cell.fidelity = self.work.fidelity(outputs[key], reference)
+            cell.ideal = self._ideal(key)
+
+    def _ideal(self, key: str) -> float:
+        """By the decisions of the last generation."""
+        denoiser: Any = self.run[key]
+        if not hasattr(denoiser, "stats"):
+            return 1.0
+        costs = denoiser if hasattr(denoiser, "flops") and hasattr(denoiser, "manifest") else denoiser._captured()
+        done = [frozenset(names_of(decision)) for decision in denoiser.stats().decisions]
+        return costs.full_flops * len(done) / sum(costs.flops(reused) for reused in done)
+
+
+def names_of(decision: Any) -> tuple[str, ...]:
+    """The regions a decision reused."""
+    return decision.reused
+
+
+def table(title: str, cells: list[Cell]) -> Table:
+    made = Table(title=title, title_justify="left")
+    for heading in (
+        "runtime",
+        "schedule",
+        "form",
+        "export, s",
+        "MiB",
+        "s per generation",
+        "speed-up",
+        "ideal",
+        "fidelity",
+    ):
+        made.add_column(heading)
+    for cell in cells:
+        made.add_row(*_texts(cell))
+    return made
+
+
+def _texts(cell: Cell) -> list[str]:
+    head = [cell.runtime, cell.schedule, cell.form or "-"]
+    if cell.reason:
+        return [*head, "", "", f"not run: {cell.reason}", "", "", ""]
+    fidelity = ", ".join(f"{name} {value:.4g}" for name, value in cell.fidelity.items()) or "-"
+    return [
+        *head,
+        f"{cell.export_s:.1f}" if cell.export_s is not None else "-",
+        f"{cell.bytes / (1 << 20):.1f}" if cell.bytes is not None else "-",
+        f"{cell.latency_s:.3f}" if cell.latency_s is not None else "-",
+        str(cell.speedup) if cell.speedup is not None else "-",
+        f"{cell.ideal:.2f}" if cell.ideal is not None else "-",
+        fidelity,
+    ]
+
+
+def markdown(title: str, cells: list[Cell]) -> str:
+    lines = [f"## {title}\n", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    return "\n".join([*lines, *("| " + " | ".join(_texts(cell)) + " |" for cell in cells)]) + "\n"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=(*NAMES, "both"), default="both")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, help=f"of a generation (default: {STEPS})")
+    parser.add_argument("--only", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="runtimes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    runtimes = ["torch.compile", *(name for name in options.only if name != "torch.compile")]
+    record: dict[str, Any] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "models": {},
+    }
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    sheets = ["# Engines\n", " ".join((__doc__ or "").split("\n\n")[1].split()) + "\n"]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in NAMES if options.model == "both" else (options.model,):
+        steps = options.steps or STEPS[name]
+        cells = cells_of(name, steps, options.device, runtimes, options.rounds)
+        title = f"{name}: {steps} steps on {options.device}, {options.rounds} generations each"
+        console.print(table(title, cells))
+        sheets.append(markdown(title, cells))
+        record["models"][name] = {"steps": steps, "cells": [_plain(cell) for cell in cells]}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text("\n".join(sheets))
+
+
+def cells_of(name: str, steps: int, device: str, runtimes: list[str], rounds: int) -> list[Cell]:
+    """Prepare and measure one model."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    count = sum(1 if r == "torch.compile" else len(forms) for _, forms in SCHEDULES.values() for r in runtimes)
+    work = subject(name, steps)
+    work.model.to(device)
+    with (
+        tempfile.TemporaryDirectory(prefix="engines") as folder,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+
+        def ticking(task: Any) -> Callable[[str], None]:
+            return lambda key: progress.update(task, advance=1, description=f"{name}: {key}")
+
+        bench = Bench(work, steps, device, Path(folder), runtimes)
+        bench.prepare(ticking(progress.add_task(f"{name}: export", total=count)))
+        bench.measure(rounds, ticking(progress.add_task(f"{name}: generate", total=rounds * len(bench.run))))
+    return list(bench.cells.values())
+
+
+def _plain(cell: Cell) -> dict[str, Any]:
+    found = {**vars(cell), "speedup": vars(cell.speedup) if cell.speedup else None}
+    return {name: value for name, value in found.items() if value not in (None, "", {})} | {"run": not cell.reason}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The commands that write, run and show bundles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .cli import SCHEDULE_HELP, Decided, Model, Steps, app, bars, console, named, one_sentence
+
+WRITERS = ("onnx", "tensorrt", "aot-inductor", "bundle")
+PIPELINE_PARTS = ("transformer", "unet", "prior", "decoder")
+Folder = Annotated[Path, typer.Argument(help="a folder that `export` wrote", metavar="BUNDLE")]
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=SCHEDULE_HELP)] = "default",
+    format: Annotated[str, typer.Option("--format", "-f", help="onnx (or bundle), tensorrt, aot-inductor")] = "onnx",
+    form: Annotated[str | None, typer.Option(help="pair, split or branch; what fits the schedule if left out")] = None,
+    steps: Steps = 50,
+    decide: Decided = "host",
+    overwrite: Annotated[bool, typer.Option(help="replace a bundle that is there")] = False,
+) -> None:
+    """Write a cached denoiser as files that run without this library: a bundle with its manifest."""
+    with one_sentence():
+        from .compile import compile_with_cache
+        from .errors import ExportError
+        from .export import to_aot_inductor, to_onnx, to_tensorrt
+        from .models import load_target
+
+        writers: dict[str, Callable[..., Path]] = dict(
+            zip(WRITERS, (to_onnx, to_tensorrt, to_aot_inductor, to_onnx), strict=True)
+        )
+        if format not in writers:
+            raise ExportError(f"--format must be one of {', '.join(WRITERS)}, not {format!r}")
+        (found,) = named([schedule]).values()
+        target = load_target(model)
+        with bars() as told:
+            told("capture", 0, 0)
+            cached = compile_with_cache(
+                target.module,
+                found,
+                backend="eager",
+                example_inputs=target.example(),
+                num_steps=steps,
+                decide=decide,  # type: ignore[arg-type]
+            )
+            told("capture", 1, 1)
+            stages: list[str] = []
+
+            def progress(stage: str) -> None:
+                name, _, count = stage.rpartition(" ")
+                done, slash, total = count.partition("/")
+                title = name if slash else stage
+                if stages and stages[-1] != title:
+                    told(stages[-1], 1, 1)
+                stages.append(title)
+                told(title, *((int(done), int(total)) if slash else (0, 0)))
+
+            folder = writers[format](cached, out, form, overwrite=overwrite, progress=progress)
+            if stages:
+                told(stages[-1], 1, 1)
+        show(folder)
+
+
+@app.command()
+def run(
+    bundle: Folder,
+    pipeline: Annotated[Path | None, typer.Option(help="a diffusers pipeline that takes the bundle's denoiser")] = None,
+    call: Annotated[str, typer.Option(help="arguments of the pipeline's call, as JSON")] = "{}",
+    images: Annotated[int, typer.Option(min=1, help="digits: images of each of the ten classes")] = 1,
+    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("bundle-output"),
+) -> None:
+    """Generate with a bundle: the demo's digits, or what a diffusers pipeline makes with the bundle as its denoiser."""
+    with one_sentence():
+        from .export import load_bundle
+
+        loaded = load_bundle(bundle)
+        out.mkdir(parents=True, exist_ok=True)
+        written = _digits(loaded, images, out) if pipeline is None else _pipeline(loaded, pipeline, call, out)
+        console.print(loaded.summary(), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {', '.join(str(path) for path in written)}", highlight=False, soft_wrap=True)
+
+
+def _digits(loaded: Any, images: int, out: Path) -> list[Path]:
+    import torch
+    from PIL import Image
+
+    from .demo.digits import load_digits
+    from .demo.run import Digits
+    from .demo.sampling import image_grid
+    from .errors import BundleError
+
+    demo = load_digits()
+    steps = loaded.manifest.control.num_steps
+    if loaded.manifest.model != type(demo.model).__name__ or loaded.config.get("sample_size") != demo.image_shape[-1]:
+        raise BundleError(
+            f"this bundle holds a {loaded.manifest.model} that is not the demo's: pass --pipeline FOLDER, the "
+            "diffusers pipeline that it belongs to"
+        )
+    work, drawn = Digits(demo, steps or 50), []
+    total = images * work.steps
+    with bars() as told:
+        for turn in range(images):
+            ticks = iter(range(turn * work.steps + 1, total + 1))
+            made = work.generate(loaded, turn, None, lambda ticks=ticks: told("generations", next(ticks), total))
+            assert made is not None
+            drawn.append(made)
+    path = out / "digits.png"
+    Image.fromarray(image_grid(torch.cat(drawn)).numpy()).save(path)
+    return [path]
+
+
+def _pipeline(loaded: Any, folder: Path, call: str, out: Path) -> list[Path]:
+    from diffusers import DiffusionPipeline
+
+    from .errors import BundleError
+
+    try:
+        options = json.loads(call)
+    except json.JSONDecodeError as error:
+        raise BundleError(f"--call must be a JSON object of the pipeline's arguments: {error}") from error
+    if not isinstance(options, dict):
+        raise BundleError(f"--call must be a JSON object of the pipeline's arguments, not {call!r}")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise BundleError(f"{folder} is no diffusers pipeline: it holds no model_index.json")
+    parts = json.loads(index.read_text())
+    fitting = [name for name in PIPELINE_PARTS if (parts.get(name) or [None, None])[1] == loaded.manifest.model]
+    if not fitting:
+        raise BundleError(f"the pipeline {folder} has no {loaded.manifest.model}, which this bundle holds")
+    pipe = DiffusionPipeline.from_pretrained(folder, **{fitting[0]: None})
+    setattr(pipe, fitting[0], loaded)
+    if loaded.manifest.control.num_steps is not None:
+        options.setdefault("num_inference_steps", loaded.manifest.control.num_steps)
+    made = pipe(**options)
+    pictures = getattr(made, "images", None)
+    if pictures is None:
+        raise BundleError(f"the pipeline {type(pipe).__name__} returns no images: run it from Python, with load_bundle")
+    paths = []
+    for index_, picture in enumerate(pictures):
+        paths.append(out / f"image_{index_}.png")
+        picture.save(paths[-1])
+    return paths
+
+
+def is_bundle(text: str) -> bool:
+    """Whether a command line's MODEL is the folder of a bundle."""
+    from .export.manifest import NAME
+
+    return (Path(text) / NAME).is_file()
+
+
+def show(folder: Path) -> None:
+    """Print what a bundle holds."""
+    from .export.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    control = manifest.control
+    decided = "a plan" if control.plan else "at run time"
+    console.print(
+        f"{folder}: {manifest.model} ({manifest.dtype}) under schedule {manifest.schedule['name']!r}, "
+        f"{manifest.artefact} in the {manifest.form} form, decided by {decided}"
+        + (f", {control.num_steps} steps" if control.num_steps else ""),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(title="programs", title_justify="left")
+    for title in ("program", "file", "size", "inputs", "outputs", "`If` nodes", "FLOPs of a full step"):
+        table.add_column(title)
+    for name, program in manifest.programs.items():
+        share = f"{100 * program.flops / manifest.full_flops:.1f} %" if program.flops else "-"
+        size = mebibytes(manifest.files[program.file].bytes)
+        counts = (str(len(program.inputs)), str(len(program.outputs)), str(program.conditionals))
+        table.add_row(name, program.file, size, *counts, share)
+    artefacts = {program.file for program in manifest.programs.values()}
+    for name, file in manifest.files.items():
+        if name not in artefacts:
+            table.add_row("", name, mebibytes(file.bytes), "", "", "", "")
+    console.print(table)
+    regions = Table(title="cache state of one guidance branch", title_justify="left")
+    for title in ("region", "value", "dtype", "stored as", "slots"):
+        regions.add_column(title)
+    for region in manifest.regions:
+        for value in region.cut:
+            shape = "x".join(map(str, value.shape))
+            how = "residual" if value.residual else "value"
+            regions.add_row(region.name, shape, value.dtype, how, str(value.slots))
+    console.print(regions)
+    console.print(f"state: {mebibytes(manifest.state_bytes)}", highlight=False)
+
+
+def mebibytes(count: int) -> str:
+    """Bytes in MiB."""
+    return f"{count / (1 << 20):.2f} MiB"

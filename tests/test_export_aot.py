@@ -1,0 +1,198 @@
+"""AOTInductor bundles from Python and from C++: the same decisions and the same outputs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffcache_fx.export.manifest import read_manifest
+from safetensors.torch import load_file, save_file
+
+from diffcache_fx import CacheSchedule, Linear, compile_with_cache, export, schedules
+from diffcache_fx.demo.digits import load_digits
+from diffcache_fx.errors import BundleError
+from diffcache_fx.measure import psnr, relative_error
+from diffcache_fx.presets.predictive import taylor_seer
+
+from .conftest import sample
+from .test_export_onnx import SWEEP, decisions, generation
+
+pytestmark = [
+    pytest.mark.usefixtures("shared_capture"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++"),
+]
+HOST = Path(__file__).parent / "cpp_host"
+STEPS = 20
+MODELS = (
+    "DiTTransformer2DModel",
+    "UNet2DConditionModel",
+    "FluxTransformer2DModel",
+    "WanTransformer3DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "LTXVideoTransformer3DModel",
+    "AuraFlowTransformer2DModel",
+    "SanaTransformer2DModel",
+    "CogVideoXTransformer3DModel",
+)
+SCHEDULES: dict[str, CacheSchedule] = {
+    "static": schedules.interval(3),
+    "first-block": schedules.first_block_cache(0.1),
+    "taylor": taylor_seer(3, order=1),
+}
+
+
+@pytest.mark.parametrize("name", MODELS if SWEEP else MODELS[:1])
+@pytest.mark.parametrize("form", ["pair", "branch"])
+def test_a_generation(name: str, form: str, tmp_path: Path) -> None:
+    found = sample(name)
+    denoiser = compile_with_cache(
+        found.module,
+        schedules.interval(3, forecast=Linear()),
+        backend="eager",
+        num_steps=STEPS,
+        decide="graph" if form == "branch" else "host",
+        example_inputs=(found.args, found.kwargs),
+    )
+    expected = generation(denoiser, name)
+    folder = export.to_aot_inductor(denoiser, tmp_path / "bundle", form)
+    loaded = export.load_bundle(folder)
+    made = generation(loaded, name)
+    assert decisions(loaded) == decisions(denoiser)
+    assert max(relative_error(a, b) for a, b in zip(made, expected, strict=True)) < 1e-4
+
+
+# --- the demo model, from Python and from C++ ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ host, built."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    build = tmp_path_factory.mktemp("host")
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    subprocess.run(["cmake", "-S", HOST, "-B", build, prefix], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build], check=True, capture_output=True)
+    return build / "host"
+
+
+@pytest.fixture(scope="module", params=list(SCHEDULES))
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
+    """A schedule's name, the demo model's eager denoiser under it, and the bundle of that."""
+    demo = load_digits()
+    labels = torch.cat((torch.arange(10), torch.full((10,), demo.null_class)))
+    example = (
+        (torch.zeros(20, *demo.image_shape),),
+        {"timestep": torch.zeros(20, dtype=torch.int64), "class_labels": labels},
+    )
+    cached = compile_with_cache(
+        demo.model, SCHEDULES[request.param], backend="eager", num_steps=STEPS, example_inputs=example
+    )
+    return request.param, cached, export.to_aot_inductor(cached, tmp_path_factory.mktemp(request.param) / "bundle")
+
+
+def sampler() -> dict[str, torch.Tensor]:
+    """DDIM as numbers: x' = a x + b output, for 20 steps; the noise; the classes asked for, and none."""
+    demo = load_digits()
+    scheduler = demo.scheduler()
+    scheduler.set_timesteps(STEPS)
+    rows = []
+    for step in scheduler.timesteps:
+        ends = [
+            scheduler.step(torch.tensor([[[[out]]]]), step, torch.tensor([[[[x]]]])).prev_sample.item()
+            for x, out in ((1e-3, 0.0), (0.0, 1e-3))  # small, where nothing is clipped
+        ]
+        rows.append([1e3 * end for end in ends])
+    return {
+        "latents": torch.randn(10, *demo.image_shape, generator=torch.Generator().manual_seed(0)),
+        "class_labels": torch.cat((torch.arange(10), torch.full((10,), demo.null_class))),
+        "timesteps": scheduler.timesteps.to(torch.int64),
+        "coefficients": torch.tensor(rows),
+        "guidance": torch.tensor([float(demo.guidance_scale)]),
+    }
+
+
+def drawn(denoiser: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, str]:
+    """The images, and the decisions: F for a refresh, R for a reuse."""
+    latents = inputs["latents"]
+    for step, moment in enumerate(inputs["timesteps"]):
+        both = torch.cat((latents, latents))
+        with torch.no_grad():
+            output = denoiser(both, timestep=moment.expand(20), class_labels=inputs["class_labels"]).sample
+        positive, negative = output.chunk(2)
+        a, b = inputs["coefficients"][step]
+        latents = a * latents + b * (negative + inputs["guidance"] * (positive - negative))
+    taken = "".join("R" if d.reused else "F" for d in denoiser.stats().decisions)
+    return latents.clamp(-1, 1), taken
+
+
+def test_python_draws_the_same_images(bundle: tuple[str, Any, Path]) -> None:
+    _, cached, folder = bundle
+    inputs = sampler()
+    cached.reset()
+    expected, taken = drawn(cached, inputs)
+    found, decided = drawn(export.load_bundle(folder), inputs)
+    assert decided == taken
+    assert "R" in taken
+    assert psnr(found, expected) > 60
+
+
+def test_cpp_draws_the_same_images(bundle: tuple[str, Any, Path], host: Path, tmp_path: Path) -> None:
+    _, cached, folder = bundle
+    inputs = sampler()
+    cached.reset()
+    expected, taken = drawn(cached, inputs)
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    command = [host, folder, tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == taken
+    assert psnr(load_file(tmp_path / "outputs.safetensors")["images"], expected) > 60
+
+
+def test_packages_share_one_copy_of_the_weights(bundle: tuple[str, Any, Path]) -> None:
+    name, _, folder = bundle
+    manifest = read_manifest(folder)
+    weights = sum(p.numel() * 4 for p in load_digits().model.parameters())
+    packages = [manifest.files[program.file].bytes for program in manifest.programs.values()]
+    assert manifest.files["weights.safetensors"].bytes < 1.01 * weights + (1 << 16)
+    assert max(packages) < 0.5 * weights
+    if name == "static":
+        assert set(manifest.programs["reuse"].weights) < set(manifest.programs["refresh"].weights)
+
+
+def test_no_path_of_this_machine_is_in_the_sources(bundle: tuple[str, Any, Path]) -> None:
+    import zipfile
+
+    home = str(Path(__file__).parents[1]).encode()
+    for path in bundle[2].glob("*.pt2"):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.namelist():
+                if not entry.endswith(".so"):  # the compiler writes its command line there
+                    assert home not in archive.read(entry), entry
+
+
+def test_a_package_that_does_not_load(bundle: tuple[str, Any, Path], tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(bundle[2], tmp_path / "bundle"))
+    (copied / "refresh.pt2").write_bytes(b"not a package")
+    with pytest.raises(BundleError, match=r"refresh\.pt2 is not the file that was exported"):
+        export.load_bundle(copied)
+    with pytest.raises(BundleError, match="does not load here"):
+        export.load_bundle(copied, verify=False)
+
+
+def test_options_of_another_runtime(bundle: tuple[str, Any, Path]) -> None:
+    with pytest.raises(BundleError, match="are for ONNX Runtime"):
+        export.load_bundle(bundle[2], providers=["CPUExecutionProvider"])
+
+
+def test_the_host_says_what_it_cannot_do(host: Path, tmp_path: Path) -> None:
+    ran = subprocess.run([host, tmp_path, "x", "y"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "cannot read" in ran.stderr
+    assert subprocess.run([host], capture_output=True, check=False).returncode == 2
