@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -108,9 +109,13 @@ def _digits(loaded: Any, images: int, out: Path) -> list[Path]:
     work, drawn = Digits(demo, steps or 50), []
     total = images * work.steps
     with bars() as told:
+        done = itertools.count(1)
+
+        def tick() -> None:
+            told("generations", next(done), total)
+
         for turn in range(images):
-            ticks = iter(range(turn * work.steps + 1, total + 1))
-            made = work.generate(loaded, turn, None, lambda ticks=ticks: told("generations", next(ticks), total))
+            made = work.generate(loaded, turn, None, tick)
             assert made is not None
             drawn.append(made)
     path = out / "digits.png"

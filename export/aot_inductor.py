@@ -3,23 +3,25 @@ of the weights."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+from torch._inductor.package import package_aoti
 
 from diffcache_fx.errors import ExportError
 from diffcache_fx.program import StepProgram
 
 from .bundle import Job, Told, Written, write_bundle
 from .exported_program import to_exported, weights_of
+from .weights_file import NAMED
 
 if TYPE_CHECKING:
     from diffcache_fx.denoiser import CachedDenoiser
-
-WEIGHTS = "weights.safetensors"
 
 
 def to_aot_inductor(
@@ -62,7 +64,7 @@ def write_packages(job: Job, options: Mapping[str, Any]) -> dict[str, Written]:
         _package(program, job, job.folder / f"{name}.pt2", options)
         found[name] = Written(f"{name}.pt2", conditionals_of(program), tuple(sorted(own)))
     job.tell("weights")
-    save_file(_apart(weights), job.folder / WEIGHTS)
+    save_file(_apart(weights), job.folder / NAMED)
     return found
 
 
@@ -70,16 +72,34 @@ def _package(program: StepProgram, job: Job, path: Path, options: Mapping[str, A
     exported = to_exported(program, job.parameters, examples=True)
     for node in exported.graph.nodes:  # the generated source would quote them
         node.meta.pop("stack_trace", None)
-    configs = {"aot_inductor.package_constants_in_so": False, **options}
+    configs = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False, **options}
+    args, kwargs = exported.example_inputs
     try:
         with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
+            files = torch._inductor.aot_compile(exported.module(check_guards=False), args, kwargs, options=configs)
+        with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=path.parent.name) as work:
+            package_aoti(str(path), [_copied(file, Path(work)) for file in files])
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0][:300] if lines else ""
         raise ExportError(
             f"AOTInductor failed on the program {path.stem!r}: {type(error).__name__}: {reason}"
         ) from error
+
+
+def _copied(file: Any, folder: Path) -> Any:
+    """One of the compiler's files, its sources without the command line that they were built with, which tells where
+    things lie on this machine."""
+    if not isinstance(file, str):
+        return file
+    target = folder / Path(file).name
+    if target.suffix != ".cpp":
+        shutil.copyfile(file, target)
+        return str(target)
+    lines = Path(file).read_text().splitlines(keepends=True)
+    commands = {i + 1 for i, line in enumerate(lines) if line.startswith(("// Compile cmd", "// Link cmd"))}
+    target.write_text("".join(line for i, line in enumerate(lines) if i not in commands))
+    return str(target)
 
 
 def _apart(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

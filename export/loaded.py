@@ -20,11 +20,11 @@ from diffcache_fx.report import Stats, summarize
 from diffcache_fx.schedule import CacheSchedule
 from diffcache_fx.step_set import DIFFERENCE, PROBE, REBUILD, Key, StepSet
 
-from .aot_inductor import WEIGHTS
 from .forms import STEP
 from .lowered import Lowered, Run
 from .manifest import Manifest, Program, check_files, read_manifest
 from .ports import Sizes, Symbols, dtype_named
+from .weights_file import NAMED
 
 RUNTIMES = {"onnx": ("onnxruntime",), "aot_inductor": ("aot_inductor",), "tensorrt": ("tensorrt",)}
 Open = Callable[[Path, Program, torch.device], Run]
@@ -73,7 +73,7 @@ def _opener(manifest: Manifest, folder: Path, device: torch.device, options: Map
     if manifest.artefact == "aot_inductor":
         from .run_aot import Packages
 
-        packages = Packages(folder / WEIGHTS, device)
+        packages = Packages(folder / NAMED, device)
         return lambda path, program, _: packages.open(path, program)
     raise BundleError(f"this library does not run {manifest.artefact} artefacts yet")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-NAME = "weights.bin"
+NAME = "weights.bin"  # raw, for ONNX
+NAMED = "weights.safetensors"  # for packages
 # Large tensors begin at a page, so that a runtime can map them.
 _PAGE, _LARGE, _SMALL = 4096, 1 << 16, 64
 
