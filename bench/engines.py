@@ -25,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench.peer_workloads import NAMES, STEPS, Subject, subject
-from diffcache_fx import CacheSchedule, Linear, compile_with_cache, export, schedules
+from diffcache_fx import CachedDenoiser, CacheSchedule, Linear, compile_with_cache, export, schedules
 from diffcache_fx.errors import CacheError
-from diffcache_fx.measure import Ratio, compiled_baseline, interleaved
+from diffcache_fx.measure import Ratio, compiled_baseline, executed_flops, interleaved
 
 RESULTS = Path(__file__).parent / "results" / "engines.json"
 RUNTIMES = ("torch.compile", "onnxruntime", "aot_inductor", "tensorrt")
@@ -142,31 +142,19 @@ class Bench:
     def _ideal(self, key: str) -> float:
         """By the decisions of the last generation."""
         denoiser: Any = self.run[key]
-        if not hasattr(denoiser, "stats"):
+        if isinstance(denoiser, CachedDenoiser):
+            found = executed_flops(denoiser)
+            return found.full / found.spent
+        if not isinstance(denoiser, export.BundleDenoiser):
             return 1.0
-        costs = denoiser if hasattr(denoiser, "flops") and hasattr(denoiser, "manifest") else denoiser._captured()
-        done = [frozenset(names_of(decision)) for decision in denoiser.stats().decisions]
-        return costs.full_flops * len(done) / sum(costs.flops(reused) for reused in done)
-
-
-def names_of(decision: Any) -> tuple[str, ...]:
-    """The regions a decision reused."""
-    return decision.reused
+        done = [frozenset(decision.reused) for decision in denoiser.stats().decisions]
+        return denoiser.full_flops * len(done) / sum(denoiser.flops(reused) for reused in done)
 
 
 def table(title: str, cells: list[Cell]) -> Table:
+    """For the terminal."""
     made = Table(title=title, title_justify="left")
-    for heading in (
-        "runtime",
-        "schedule",
-        "form",
-        "export, s",
-        "MiB",
-        "s per generation",
-        "speed-up",
-        "ideal",
-        "fidelity",
-    ):
+    for heading in HEADINGS:
         made.add_column(heading)
     for cell in cells:
         made.add_row(*_texts(cell))
@@ -190,6 +178,7 @@ def _texts(cell: Cell) -> list[str]:
 
 
 def markdown(title: str, cells: list[Cell]) -> str:
+    """For the file."""
     lines = [f"## {title}\n", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     return "\n".join([*lines, *("| " + " | ".join(_texts(cell)) + " |" for cell in cells)]) + "\n"
 

@@ -14,7 +14,6 @@ from rich.table import Table
 from .cli import SCHEDULE_HELP, Decided, Model, Steps, app, bars, console, named, one_sentence
 
 WRITERS = ("onnx", "tensorrt", "aot-inductor", "bundle")
-PIPELINE_PARTS = ("transformer", "unet", "prior", "decoder")
 Folder = Annotated[Path, typer.Argument(help="a folder that `export` wrote", metavar="BUNDLE")]
 
 
@@ -127,6 +126,7 @@ def _pipeline(loaded: Any, folder: Path, call: str, out: Path) -> list[Path]:
     from diffusers import DiffusionPipeline
 
     from .errors import BundleError
+    from .models import PARTS
 
     try:
         options = json.loads(call)
@@ -138,7 +138,7 @@ def _pipeline(loaded: Any, folder: Path, call: str, out: Path) -> list[Path]:
     if not index.is_file():
         raise BundleError(f"{folder} is no diffusers pipeline: it holds no model_index.json")
     parts = json.loads(index.read_text())
-    fitting = [name for name in PIPELINE_PARTS if (parts.get(name) or [None, None])[1] == loaded.manifest.model]
+    fitting = [name for name in PARTS if (parts.get(name) or [None, None])[1] == loaded.manifest.model]
     if not fitting:
         raise BundleError(f"the pipeline {folder} has no {loaded.manifest.model}, which this bundle holds")
     pipe = DiffusionPipeline.from_pretrained(folder, **{fitting[0]: None})

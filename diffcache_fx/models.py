@@ -20,7 +20,7 @@ from .errors import CacheError
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 FORMS = "`digits`, a diffusers folder or hub id, or `package.module:factory`"
 _INDEX = "model_index.json"
-_PARTS = ("transformer", "unet", "prior", "decoder")
+PARTS = ("transformer", "unet", "prior", "decoder")
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def _from_hub(name: str) -> nn.Module:
 
 def _denoiser_part(where: str, index: str) -> str:
     parts = [key for key, value in json.loads(index).items() if isinstance(value, list) and value[0]]
-    found = next((part for part in _PARTS if part in parts), None)
+    found = next((part for part in PARTS if part in parts), None)
     if found is None:
-        raise CacheError(f"the pipeline {where} has no denoiser under {', '.join(_PARTS)}; it holds {', '.join(parts)}")
+        raise CacheError(f"the pipeline {where} has no denoiser under {', '.join(PARTS)}; it holds {', '.join(parts)}")
     return found
 
 

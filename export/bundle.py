@@ -19,14 +19,13 @@ from diffcache_fx.parameters import Parameters
 from diffcache_fx.program import StepProgram
 from diffcache_fx.version import __version__
 
-from .convention import describe
+from .describe import describe
 from .forms import Chosen, choose, plan_table
 from .manifest import (
     NAME,
     Control,
     File,
     Manifest,
-    MeasuredData,
     Port,
     Program,
     RegionData,
@@ -107,17 +106,7 @@ def write_bundle(
             full_flops=captured.full_flops,
             state_bytes=sum(region.nbytes for region in program.regions),
             regions=tuple(_region(region, captured.weight[region.name]) for region in program.regions),
-            measured=tuple(
-                MeasuredData(
-                    rule=entry.rule,
-                    before=entry.before,
-                    after=entry.after,
-                    checks=entry.checks,
-                    early=entry.early,
-                    late=entry.late,
-                )
-                for entry in program.measured
-            ),
+            measured=program.measured,
             programs={
                 name: _program(chosen.programs[name], made, _flops(captured, chosen, name))
                 for name, made in written.items()

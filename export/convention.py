@@ -3,8 +3,6 @@ their outputs become the model's own again."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -14,19 +12,18 @@ from pydantic import BaseModel, ConfigDict
 from torch.utils import _pytree as pytree
 
 from diffcache_fx.calling import is_number, number_tensor
-from diffcache_fx.errors import CallError, ExportError
-from diffcache_fx.program import TENSOR, CallSignature, InputKind, StepProgram
+from diffcache_fx.errors import CallError
 
-from .ports import Size, dtype_named, name_of_dtype, sizes_of
+from .ports import Size, name_of_dtype
 
 Scalar = bool | int | float | str | None
-_SCALARS = (bool, int, float, str, type(None))
+SCALARS = (bool, int, float, str, type(None))
 
 
 class Data(BaseModel):
     """Plain data of a manifest: unknown fields are refused, and nothing is converted silently."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="constants")
 
 
 class Leaf(Data):
@@ -108,8 +105,8 @@ class Convention(Data):
             if name not in given:
                 raise CallError(f"the argument {name!r} is missing: the bundle was made with it")
             _take(tree, given[name], leaves, name)
-        for index, (leaf, value) in enumerate(zip(self.leaves, leaves, strict=True)):
-            _check_kind(leaf, value, index == self.latents)
+        for leaf, value in zip(self.leaves, leaves, strict=True):
+            _check_kind(leaf, value)
         return leaves
 
     def tensors(self, leaves: Sequence[Any]) -> dict[int, torch.Tensor]:
@@ -180,7 +177,7 @@ def _take(tree: Tree, value: Any, leaves: list[Any], where: str) -> None:
         _take(item, entry, leaves, place)
 
 
-def _check_kind(leaf: Leaf, value: Any, latents: bool) -> None:
+def _check_kind(leaf: Leaf, value: Any) -> None:
     if leaf.kind == "constant":
         if not _same(value, leaf.value):
             raise CallError(
@@ -197,15 +194,14 @@ def _check_kind(leaf: Leaf, value: Any, latents: bool) -> None:
         raise CallError(f"{leaf.name} must be a {leaf.dtype} tensor, not {_told(value)}")
     if name_of_dtype(value.dtype) != leaf.dtype:
         raise CallError(
-            f"{leaf.name} must be {leaf.dtype}, not {name_of_dtype(value.dtype)}: the bundle was made for "
-            f"{leaf.dtype}{' latents' if latents else ''}"
+            f"{leaf.name} must be {leaf.dtype}, not {name_of_dtype(value.dtype)}: the bundle was made for that"
         )
 
 
 def _told(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a {name_of_dtype(value.dtype)} tensor {list(value.shape)}"
-    return repr(value) if isinstance(value, _SCALARS) else type(value).__name__
+    return repr(value) if isinstance(value, SCALARS) else type(value).__name__
 
 
 def _build(tree: Tree, leaves: Sequence[Any]) -> Any:
@@ -218,115 +214,3 @@ def _build(tree: Tree, leaves: Sequence[Any]) -> Any:
         return tuple(items)
     pairs = zip(tree.keys, items, strict=True)
     return dict(pairs) if tree.kind == "dict" else NamedOutput(pairs)
-
-
-# --- from a captured call --------------------------------------------------------------------------------------------
-
-
-def describe(
-    forward: Any,
-    program: StepProgram,
-    latents: int,
-    timestep: int | None,
-    conditioning: Sequence[int],
-) -> Convention:
-    """A captured call as data. Raises ExportError where an argument or the output is an object JSON cannot tell."""
-    signature = program.signature
-    parameters = _parameters(forward)
-    positional = [parameter.name for parameter in parameters if not parameter.keyword_only]
-    nodes = program.graph.find_nodes(op="placeholder")
-    examples = {int(entry.target): nodes[i].meta["val"] for i, entry in program.inputs_of(InputKind.USER)}
-    args, kwargs = signature.in_spec.children()
-    counter = iter(range(len(signature.leaves)))
-    arguments = {}
-    for place, spec in enumerate(args.children()):
-        name = positional[place] if place < len(positional) else f"arg{place}"
-        arguments[name] = _tree(spec, counter, name)
-    for name, spec in zip(kwargs.context, kwargs.children(), strict=True):
-        arguments[name] = _tree(spec, counter, name)
-    return Convention(
-        parameters=parameters,
-        arguments=arguments,
-        leaves=tuple(_leaf(signature, i, examples.get(i)) for i in range(len(signature.leaves))),
-        latents=latents,
-        timestep=timestep,
-        conditioning=tuple(conditioning),
-        output=_tree(signature.out_spec, iter(range(signature.out_spec.num_leaves)), "the output", named=True),
-        output_constants={i: _scalar(value, "the output") for i, value in signature.out_constants},
-    )
-
-
-def _leaf(signature: CallSignature, index: int, example: Any) -> Leaf:
-    value, name = signature.leaves[index], signature.names[index]
-    if value is not TENSOR:
-        if isinstance(value, torch.Tensor):
-            raise ExportError(
-                f"the values of {name!r} are part of the program (they decide a shape or a branch), and a file cannot "
-                "check them: export a model whose shapes do not depend on them"
-            )
-        return Leaf(name=name, kind="constant", value=_scalar(value, name))
-    if index in signature.numbers:
-        return Leaf(name=name, kind="number", dtype=name_of_dtype(example.dtype))
-    return Leaf(name=name, kind="tensor", dtype=name_of_dtype(example.dtype), shape=sizes_of(example.shape))
-
-
-def _scalar(value: Any, where: str) -> Scalar:
-    if not isinstance(value, _SCALARS):
-        raise ExportError(
-            f"{where} holds a {type(value).__name__}, which a manifest cannot tell: pass tensors, numbers, strings or "
-            "booleans, or leave it out"
-        )
-    return value
-
-
-def _parameters(forward: Any) -> tuple[Parameter, ...]:
-    kinds = inspect.Parameter
-    found = []
-    for parameter in inspect.signature(forward).parameters.values():
-        if parameter.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD):
-            continue
-        plain = isinstance(parameter.default, _SCALARS)
-        found.append(
-            Parameter(
-                name=parameter.name,
-                keyword_only=parameter.kind is kinds.KEYWORD_ONLY,
-                required=parameter.default is kinds.empty or not plain,
-                default=parameter.default if plain else None,
-            )
-        )
-    return tuple(found)
-
-
-def _tree(spec: pytree.TreeSpec, counter: Any, where: str, named: bool = False) -> Tree:
-    if spec.is_leaf():
-        return Tree(kind="leaf", leaf=next(counter))
-    items = tuple(_tree(child, counter, where, named) for child in spec.children())
-    if spec.type in (list, tuple):
-        return Tree(kind=spec.type.__name__, items=items)
-    names = _field_names(spec) if named or spec.type is dict else None
-    if names is None:
-        raise ExportError(
-            f"{where} holds a {getattr(spec.type, '__name__', spec.type)}, which a manifest cannot tell: use tensors, "
-            "lists, tuples and dicts"
-        )
-    kind: Literal["dict", "named"] = "dict" if spec.type is dict else "named"
-    return Tree(kind=kind, items=items, keys=names, name=spec.type.__name__)
-
-
-def _field_names(spec: pytree.TreeSpec) -> tuple[str, ...] | None:
-    """Names of the children of a dict, a named tuple, a dataclass, or one of diffusers' outputs."""
-    kind, count = spec.type, len(spec.children())
-    if isinstance(kind, type) and issubclass(kind, dict) and isinstance(spec.context, (list, tuple)):
-        names = tuple(spec.context)
-    elif hasattr(kind, "_fields"):
-        names = tuple(kind._fields)
-    elif dataclasses.is_dataclass(kind):
-        names = tuple(entry.name for entry in dataclasses.fields(kind))
-    elif getattr(spec.context, "_fields", None):
-        names = tuple(spec.context._fields)
-    else:
-        return None
-    return names if len(names) == count and all(isinstance(name, str) for name in names) else None
-
-
-__all__ = ["Convention", "Data", "Leaf", "NamedOutput", "Parameter", "Tree", "describe", "dtype_named"]

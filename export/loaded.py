@@ -14,7 +14,7 @@ from diffcache_fx.driver import Driver
 from diffcache_fx.errors import BundleError, CallError
 from diffcache_fx.generations import Generations
 from diffcache_fx.plan import ProgramChoice
-from diffcache_fx.program import CutValue, Input, InputKind, Measured, Output, OutputKind, Region
+from diffcache_fx.program import CutValue, Input, InputKind, Output, OutputKind, Region
 from diffcache_fx.recognition import Arguments
 from diffcache_fx.report import Stats, summarize
 from diffcache_fx.schedule import CacheSchedule
@@ -221,10 +221,7 @@ def _steps(manifest: Manifest, runs: Mapping[str, Run], device: torch.device) ->
         _no_weights,
         manifest.control.groups,
         extra,  # type: ignore[arg-type]
-        [
-            Measured(entry.rule, entry.before, entry.after, entry.checks, entry.early, entry.late)
-            for entry in manifest.measured
-        ],
+        manifest.measured,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from diffcache_fx.errors import BundleError
+from diffcache_fx.program import Measured
 
 from .convention import Convention, Data, Scalar
 from .ports import Size
@@ -63,17 +64,6 @@ class RegionData(Data):
     cut: tuple[Value, ...]
     saves: float
     blocks: tuple[str, ...] = ()
-
-
-class MeasuredData(Data):
-    """What is measured for a rule's guard: signals before the decision and after the step, and quantities kept."""
-
-    rule: int
-    before: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-    checks: tuple[str, ...] = ()
-    early: tuple[str, ...] = ()
-    late: tuple[str, ...] = ()
 
 
 class Step(Data):
@@ -134,7 +124,7 @@ class Manifest(Data):
     full_flops: int
     state_bytes: int
     regions: tuple[RegionData, ...]
-    measured: tuple[MeasuredData, ...]
+    measured: tuple[Measured, ...]
     programs: dict[str, Program]
     control: Control
     files: dict[str, File]

@@ -23,9 +23,11 @@ from diffcache_fx.passes.regions import SelectRegions
 
 import diffcache_fx.compile as compiling
 from bench.zoo import Entry, corpus
+from diffcache_fx import CachedDenoiser, CacheSchedule, compile_with_cache
 from diffcache_fx.calling import Call, ShapeRules, number_tensor
 from diffcache_fx.capture import capture
 from diffcache_fx.compile import run_passes
+from diffcache_fx.models import load_target
 from diffcache_fx.parameters import Parameters
 from diffcache_fx.program import InputKind, OutputKind, StepProgram
 from diffcache_fx.selection import Selection
@@ -122,6 +124,14 @@ def shared_capture(monkeypatch: pytest.MonkeyPatch) -> None:
         return capture(module, args, kwargs, **options)
 
     monkeypatch.setattr(compiling, "capture", reuse)
+
+
+def digits_denoiser(schedule: CacheSchedule, steps: int, decide: Any = "host") -> CachedDenoiser:
+    """The demo model in eager, captured for ten digits with both halves of guidance in one call."""
+    target = load_target("digits")
+    return compile_with_cache(
+        target.module, schedule, backend="eager", num_steps=steps, decide=decide, example_inputs=target.example()
+    )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,14 @@ def test_the_manifest_tells_what_was_exported(made: Path) -> None:
     assert {path.name for path in made.iterdir()} == {*manifest.files, NAME}
     assert set(manifest.created_with) >= {"diffcache_fx", "torch", "onnx"}
     assert manifest.programs["reuse"].flops < manifest.programs["refresh"].flops == manifest.full_flops
+
+
+def test_endless_windows_survive_the_file(tmp_path: Path) -> None:
+    schedule = schedules.pab(2, 0, window=(-1.0, math.inf))
+    loaded = export.load_bundle(export.to_onnx(denoiser(schedule), tmp_path / "bundle"))
+    assert loaded.schedule == schedule
+    run(loaded)
+    assert loaded.stats().reused > 0
 
 
 def test_what_is_decided_at_run_time_has_no_plan(tmp_path: Path) -> None:

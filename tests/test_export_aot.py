@@ -18,7 +18,7 @@ from diffcache_fx.errors import BundleError
 from diffcache_fx.measure import psnr, relative_error
 from diffcache_fx.presets.predictive import taylor_seer
 
-from .conftest import sample
+from .conftest import digits_denoiser, sample
 from .test_export_onnx import SWEEP, decisions, generation
 
 pytestmark = [
@@ -84,15 +84,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=list(SCHEDULES))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
     """A schedule's name, the demo model's eager denoiser under it, and the bundle of that."""
-    demo = load_digits()
-    labels = torch.cat((torch.arange(10), torch.full((10,), demo.null_class)))
-    example = (
-        (torch.zeros(20, *demo.image_shape),),
-        {"timestep": torch.zeros(20, dtype=torch.int64), "class_labels": labels},
-    )
-    cached = compile_with_cache(
-        demo.model, SCHEDULES[request.param], backend="eager", num_steps=STEPS, example_inputs=example
-    )
+    cached = digits_denoiser(SCHEDULES[request.param], STEPS)
     return request.param, cached, export.to_aot_inductor(cached, tmp_path_factory.mktemp(request.param) / "bundle")
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import onnx
 import pytest
-import torch
 from diffcache_fx.export import tensorrt as writer
 from diffcache_fx.export.manifest import read_manifest
 
@@ -16,7 +15,7 @@ from diffcache_fx import CacheSchedule, Interval, Linear, Rule, Sublayers, compi
 from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.errors import ExportError
 
-from .conftest import sample
+from .conftest import digits_denoiser, sample
 from .test_export_onnx import SWEEP
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx-cu13")
@@ -25,12 +24,7 @@ STEPS = 20
 
 
 def digits(schedule: CacheSchedule, decide: Any = "host") -> Any:
-    demo = load_digits()
-    labels = torch.zeros(20, dtype=torch.int64)
-    example = (torch.zeros(20, *demo.image_shape),), {"timestep": labels, "class_labels": labels.clone()}
-    return compile_with_cache(
-        demo.model, schedule, backend="eager", num_steps=STEPS, decide=decide, example_inputs=example
-    )
+    return digits_denoiser(schedule, STEPS, decide)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +49,7 @@ def test_the_demo_model_in_every_form(form: str, schedule: CacheSchedule, tmp_pa
     if form == "branch":
         assert [p.conditionals for p in manifest.programs.values()] == [cached.explain().conditionals]
         uncached = read_manifest(export.to_tensorrt(digits(schedules.always()), tmp_path / "uncached")).files
+        # The aim is 1.05, missed on so small a model (1.13 and 1.16): what is fixed per branch weighs much here.
         assert weights < sizes["step"] < 1.2 * uncached["refresh.engine"].bytes
     else:
         assert sizes["reuse"] < 0.5 * sizes["refresh"]  # none of the reused blocks' weights
@@ -114,9 +109,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not SWEEP, reason="the whole corpus is built in `make sweep`")
 @pytest.mark.parametrize("form", ["pair", "branch"])
-@pytest.mark.parametrize("name", sorted(corpus()))
+@pytest.mark.parametrize("name", sorted(corpus()) if SWEEP else ["UNet2DConditionModel"])
 def test_the_corpus(name: str, form: str, tmp_path: Path) -> None:
     found = sample(name)
     cached = compile_with_cache(
