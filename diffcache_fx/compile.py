@@ -120,6 +120,10 @@ def lower(program: StepProgram, options: Options) -> Lowered:
         if options.backend_options:
             raise CacheError(f"the eager backend takes no options, got {sorted(options.backend_options)}")
         return eager.lower(run_passes(program, (Deduplicate(),)))
+    if options.backend == "onnxruntime":
+        from .export import ort_backend
+
+        return ort_backend.lower(run_passes(program, (Deduplicate(),)), **options.backend_options)
     return torch_compile.lower(program, options.backend, **options.backend_options)
 
 
@@ -277,7 +281,7 @@ def compile_with_cache(
     model: any `nn.Module` called once per step, in evaluation mode, on one device.
     schedule: a CacheSchedule, the name of a factory in `schedules`, the path of a saved schedule, or None for
         `schedules.default()` (every second step after three, continued in a straight line).
-    backend: "inductor", "eager", the name of another torch.compile backend, or such a backend itself.
+    backend: "inductor", "eager", "onnxruntime", the name of another torch.compile backend, or such a backend itself.
     example_inputs: (args, kwargs) of one call; without it the first call is the example.
     num_steps: calls per generation (and guidance branch), where known: lets plans count from the end.
     dynamic: keep batch and spatial sizes symbolic where the model allows it.
@@ -287,7 +291,8 @@ def compile_with_cache(
         every step is one straight program and nothing is waited for.
     max_programs: most specialised programs to compile; plans with more distinct steps refresh more. None: no bound.
     refinement: the sampler may call the model more than once at one timestep.
-    backend_options: passed to the backend (Inductor config entries; `outlining=False`).
+    backend_options: passed to the backend (Inductor config entries, `outlining=False`; for ONNX Runtime `providers` and
+        `session_options`).
 
     Returns a CachedDenoiser. Raises ScheduleError, RegionError, CaptureError or CallError, each in one clear sentence.
     """

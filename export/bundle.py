@@ -154,20 +154,24 @@ def _checksums(folder: Path) -> dict[str, File]:
     return {path.relative_to(folder).as_posix(): hash_of(path) for path in files}
 
 
-def _program(program: StepProgram, made: Written, flops: int) -> Program:
+def described(program: StepProgram, file: str = "", weights: bool = False) -> Program:
+    """A program's signature as data. weights: those that it takes from the model are inputs, too."""
     nodes = program.graph.find_nodes(op="placeholder")
-    taken = [(entry, node) for entry, node in zip(program.inputs, nodes, strict=True) if entry.kind not in WEIGHTS]
-    inputs = zip(input_names(program), taken, strict=True)
+    taken = [pair for pair in zip(program.inputs, nodes, strict=True) if weights or pair[0].kind not in WEIGHTS]
+    inputs = zip(input_names(program, weights), taken, strict=True)
     outputs = zip(output_names(program), program.outputs, example_of(program), strict=True)
     return Program(
-        file=made.file,
+        file=file,
         reused=tuple(sorted(program.reused)),
         inputs=tuple(_port(name, e.kind.value, e.target, node.meta["val"]) for name, (e, node) in inputs),
         outputs=tuple(_port(name, entry.kind.value, entry.target, value) for name, entry, value in outputs),
-        flops=flops,
-        conditionals=made.conditionals,
-        weights=made.weights,
+        flops=0,
     )
+
+
+def _program(program: StepProgram, made: Written, flops: int) -> Program:
+    known = {"flops": flops, "conditionals": made.conditionals, "weights": made.weights}
+    return described(program, made.file).model_copy(update=known)
 
 
 def _port(name: str, kind: str, target: str, value: torch.Tensor) -> Port:

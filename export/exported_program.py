@@ -37,19 +37,21 @@ def weights_of(program: StepProgram, parameters: Callable[[str], torch.Tensor]) 
 
 
 def to_exported(
-    program: StepProgram, parameters: Callable[[str], torch.Tensor], examples: bool = False
+    program: StepProgram, parameters: Callable[[str], torch.Tensor], examples: bool = False, held: bool = True
 ) -> ExportedProgram:
     """The program as PyTorch's exporters know it. It shares the weights, and has a graph of its own.
 
+    held: weights are its state; otherwise they are inputs like all others.
     examples: keep example inputs where sizes are symbolic, too; PyTorch may make guards of them, and misname symbols.
     """
     copied = program.copy()
     nodes = copied.graph.find_nodes(op="placeholder")
-    weights = weights_of(program, parameters)
+    weights = weights_of(program, parameters) if held else {}
+    kinds = _KINDS if held else {}
     specs, users = [], []
     for node, entry in zip(nodes, program.inputs, strict=True):
-        kind = _KINDS.get(entry.kind, ExportKind.USER_INPUT)
-        target = entry.target if entry.kind in _KINDS else None
+        kind = kinds.get(entry.kind, ExportKind.USER_INPUT)
+        target = entry.target if entry.kind in kinds else None
         persistent = True if entry.kind is InputKind.BUFFER else None
         specs.append(InputSpec(kind, TensorArgument(name=node.name), target, persistent))
         if target is None:

@@ -75,7 +75,10 @@ def _opener(manifest: Manifest, folder: Path, device: torch.device, options: Map
 
         packages = Packages(folder / NAMED, device)
         return lambda path, program, _: packages.open(path, program)
-    raise BundleError(f"this library does not run {manifest.artefact} artefacts yet")
+    from .run_tensorrt import Engines
+
+    engines = Engines(device)
+    return lambda path, program, _: engines.open(path, program)
 
 
 class Config(dict):  # type: ignore[type-arg]

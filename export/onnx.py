@@ -73,12 +73,17 @@ def write_models(job: Job, external_data: bool | None = None) -> dict[str, Writt
 
 
 def write_model(
-    program: StepProgram, parameters: Callable[[str], torch.Tensor], path: Path, shared: WeightsFile | None = None
+    program: StepProgram,
+    parameters: Callable[[str], torch.Tensor],
+    path: Path,
+    shared: WeightsFile | None = None,
+    held: bool = True,
 ) -> int:
-    """Write one program; its weights go into the shared file if there is one. Returns how many `If` nodes it holds."""
+    """Write one program; its weights go into the shared file if there is one (held=False: they are inputs). Returns how
+    many `If` nodes it holds."""
     import onnx_ir
 
-    model = to_model(program, parameters)
+    model = to_model(program, parameters, held)
     if shared is not None:
         _move_out(model, weights_of(program, parameters), shared)
     onnx_ir.save(model, path)

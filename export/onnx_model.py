@@ -25,13 +25,20 @@ LARGEST = 1_900_000_000
 _FOLDED = 256
 
 
-def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor]) -> Any:
+def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], held: bool = True) -> Any:
     """A program as an `onnx_ir.Model`: weights are initialisers of the main graph, by their names in the model, and
-    still the model's own memory. Raises ExportError, naming the operator, where ONNX cannot say it."""
+    still the model's own memory (held=False: inputs, in the program's order).
+
+    Raises ExportError, naming the operator, where ONNX cannot say it.
+    """
     try:
         with _quiet():
             exported = torch.onnx.export(
-                to_exported(program, parameters), dynamo=True, verbose=False, optimize=False, external_data=False
+                to_exported(program, parameters, held=held),
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                external_data=False,
             )
             assert exported is not None
             _fold(exported.model)
@@ -42,7 +49,7 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor]) ->
     except Exception as error:
         raise ExportError(f"ONNX cannot express this program: {_cause(error)}") from error
     model = exported.model
-    _rename(model.graph, program)
+    _rename(model.graph, program, held)
     _strip(model)
     _lift_initializers(model.graph)
     model.producer_name, model.producer_version = "diffcache_fx", ""
@@ -82,9 +89,9 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def _rename(graph: Any, program: StepProgram) -> None:
+def _rename(graph: Any, program: StepProgram, held: bool) -> None:
     """The program's own names; inner values that have one of them already get out of the way."""
-    inputs, outputs = input_names(program), output_names(program)
+    inputs, outputs = input_names(program, weights=not held), output_names(program)
     ends = list(zip(graph.inputs, inputs, strict=True)) + list(zip(graph.outputs, outputs, strict=True))
     wanted = {name: value for value, name in ends}
     if len(wanted) != len(ends):

@@ -37,9 +37,9 @@ def hints_of(shape: Iterable[int | torch.SymInt]) -> tuple[int, ...]:
     return tuple(size_hint(size) for size in shape)
 
 
-def input_names(program: StepProgram) -> list[str]:
-    """A name for each input that is no weight, in order: arguments by their own, state by region."""
-    return [entry.name for entry in program.inputs if entry.kind not in WEIGHTS]
+def input_names(program: StepProgram, weights: bool = False) -> list[str]:
+    """A name for each input, in order: arguments by their own, state by region. weights: those too."""
+    return [entry.name for entry in program.inputs if weights or entry.kind not in WEIGHTS]
 
 
 def output_names(program: StepProgram) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class _Session:
 
     def __init__(self, session: Any, program: Program, device: torch.device) -> None:
         self._session, self._device = session, device
+        self._local = threading.local()
         self._inputs = [(port.name, dtype_named(port.dtype)) for port in program.inputs]
         self._outputs = [(port, dtype_named(port.dtype)) for port in program.outputs]
         self._symbols = Symbols([port.shape for port in program.inputs])
@@ -106,16 +108,19 @@ class _Session:
             raise BundleError(f"the model wants {', '.join(sorted(unknown))}, which the manifest does not name")
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        binding = self._session.io_binding()
-        held = []  # until the run is over
-        for (name, dtype), tensor in zip(self._inputs, tensors, strict=True):
-            if tensor.dtype != dtype:
-                raise CallError(f"{name} must be {name_of_dtype(dtype)}, not {name_of_dtype(tensor.dtype)}")
+        binding, bound = self._bound()
+        for index, ((name, dtype), tensor) in enumerate(zip(self._inputs, tensors, strict=True)):
             if name not in self._here:  # nothing in the model reads it
                 continue
-            value = tensor.contiguous()
-            held.append(value)
+            value = tensor if tensor.is_contiguous() else tensor.contiguous()
+            place = (value.data_ptr(), value.shape, value.dtype)
+            if index in bound and bound[index][0] == place:  # the same memory as at the call before, such as weights
+                bound[index] = place, value
+                continue
+            if value.dtype != dtype:
+                raise CallError(f"{name} must be {name_of_dtype(dtype)}, not {name_of_dtype(value.dtype)}")
             binding.bind_input(name, *self._place(value))
+            bound[index] = place, value  # held until the run is over
         sizes = self._symbols.bind([tensor.shape for tensor in tensors])
         results = []
         for port, dtype in self._outputs:
@@ -128,6 +133,12 @@ class _Session:
         if self._device.type == "cuda":
             binding.synchronize_outputs()
         return results
+
+    def _bound(self) -> tuple[Any, dict[int, Any]]:
+        """This thread's binding, and what each input is bound to."""
+        if not hasattr(self._local, "binding"):
+            self._local.binding, self._local.bound = self._session.io_binding(), {}
+        return self._local.binding, self._local.bound
 
     def _place(self, tensor: torch.Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
         # An empty tensor has no address, and none is read.

@@ -22,7 +22,8 @@ class InsertGuards:
 
     Rules:
     1. One predicate input per group (bool scalar, True = refresh), a history input and output per cut value and slot.
-    2. A single group becomes one conditional over two whole steps; its regions may be any sets of nodes.
+    2. A single group becomes one conditional over two whole steps; its regions may be any sets of nodes. What both
+       steps compute alike, before they part and after they meet again, stands outside of it, once.
     3. Several groups become one conditional per region, sharing their group's predicate; there each region must be
        convex: no path may leave it and come back.
     4. With `control` the graph measures the signal and decides by itself; a single group, as in rule 2.

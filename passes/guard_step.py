@@ -7,6 +7,7 @@ from torch import fx
 
 from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram, output_node, returned
 
+from .common import Common, common_parts, handed_on
 from .conditional import Body, branch, choose, next_history
 from .emit import history_target, placeholder, set_outputs
 from .specialize import Specialize
@@ -57,20 +58,44 @@ def conditional(
     program: StepProgram,
     places: dict[Slot, fx.Node],
 ) -> list[fx.Node]:
-    """Add the conditional at the end of a graph; returns what both programs return beside the state, then the history.
+    """Add the conditional at the end of a graph, and before and after it what both programs compute alike; returns what
+    both return beside the state, then the history.
 
     places: the node for each input of the two programs.
     """
+    results = len(without_state(refresh))
+    common = common_parts(program, refresh, reuse, results)
     needed = {slot for source in (refresh, reuse) for slot in by_slot(source)}
     needed |= {(InputKind.HISTORY, output.target) for output in history_outputs(program)}
     chosen = {slot: node for slot, node in places.items() if slot in needed}
-    operands = list(dict.fromkeys(chosen.values()))
-    arms = [
-        branch(operands, _body(source, program, chosen, source is refresh), source.module)
-        for source in (refresh, reuse)
-    ]
+    memo = {node.name: places[slot] for source in (reuse, refresh) for slot, node in by_slot(source).items()}
     with root.graph.inserting_before(output_node(root.graph)):
-        return choose(root, predicate, arms[0], arms[1], operands)
+        _copy(root, refresh, common.before, memo)
+        live = {name: memo[name] for source in (refresh, reuse) for name in handed_on(source, common)}
+        operands = list(dict.fromkeys([*chosen.values(), *live.values()]))
+        arms = [
+            branch(operands, _body(source, program, chosen, live, common, source is refresh), source.module)
+            for source in (refresh, reuse)
+        ]
+        items = choose(root, predicate, arms[0], arms[1], operands)
+        count = len(common.joints)
+        memo.update({a.name: item for (a, _), item in zip(common.joints, items, strict=False)})
+        _copy(root, refresh, common.after, memo)
+    return [*(memo[value.name] for value in returned(refresh.graph)[:results]), *items[count:]]
+
+
+def _copy(root: fx.GraphModule, source: StepProgram, names: frozenset[str], memo: dict[str, fx.Node]) -> None:
+    """Copy these nodes of a program into a graph, in the program's order. memo: by name, what they are there."""
+    for node in source.graph.nodes:
+        if node.name not in names:
+            continue
+        for inner in node.all_input_nodes:
+            if inner.op == "get_attr" and inner.name not in memo:
+                target = str(inner.target)
+                if not hasattr(root, target):
+                    root.add_submodule(target, getattr(source.module, target))
+                memo[inner.name] = root.graph.get_attr(target)
+        memo[node.name] = root.graph.node_copy(node, lambda n: memo[n.name])
 
 
 def without_state(source: StepProgram) -> tuple[Output, ...]:
@@ -93,23 +118,33 @@ def by_slot(program: StepProgram) -> dict[Slot, fx.Node]:
     return {(entry.kind, entry.target): node for entry, node in zip(program.inputs, nodes, strict=True)}
 
 
-def _body(source: StepProgram, program: StepProgram, places: dict[Slot, fx.Node], refreshing: bool) -> Body:
-    """A specialised program as a branch, returning what it returns beside the state, and the whole history."""
+def _body(
+    source: StepProgram,
+    program: StepProgram,
+    places: dict[Slot, fx.Node],
+    live: dict[str, fx.Node],
+    common: Common,
+    refreshing: bool,
+) -> Body:
+    """A specialised program as a branch, without the common end, returning the joints and the whole history.
+
+    live: what comes from the common beginning; views of it are taken anew."""
 
     def write(graph: fx.Graph, operands: dict[fx.Node, fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         memo = {node: operands[places[slot]] for slot, node in by_slot(source).items()}
         for node in source.graph.nodes:
-            if node.op in ("call_function", "get_attr"):
+            if node.name in live:
+                memo[node] = operands[live[node.name]]
+            elif node.op in ("call_function", "get_attr") and node.name not in common.after:
                 memo[node] = graph.node_copy(node, memo.__getitem__)
-        results = [memo[value] for value in returned(source.graph)]
-        common = len(without_state(source))
-        fresh = iter(results[common:])
+        results = len(without_state(source))
+        fresh = iter([memo[value] for value in returned(source.graph)[results:]])
         history: list[fx.Node] = []
         for region in program.regions:
             for index, value in enumerate(region.cut):
                 keys = [(InputKind.HISTORY, history_target(region.name, index, s)) for s in range(value.slots)]
                 slots = [operands[places[key]] for key in keys]
                 history += next_history(next(fresh), slots) if refreshing else slots
-        return results[:common], history
+        return [memo[pair[0 if refreshing else 1]] for pair in common.joints], history
 
     return write

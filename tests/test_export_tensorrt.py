@@ -7,13 +7,15 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from diffcache_fx.export import tensorrt as writer
 from diffcache_fx.export.manifest import read_manifest
 
 from bench.zoo import corpus
 from diffcache_fx import CacheSchedule, Interval, Linear, Rule, Sublayers, compile_with_cache, export, schedules
 from diffcache_fx.demo.digits import load_digits
-from diffcache_fx.errors import ExportError
+from diffcache_fx.errors import BundleError, ExportError
+from diffcache_fx.measure import relative_error
 
 from .conftest import digits_denoiser, sample
 from .test_export_onnx import SWEEP
@@ -107,6 +109,31 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ExportError, match="neither TensorRT-RTX nor TensorRT"):
         export.to_tensorrt(cached, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_running_needs_a_gpu(tmp_path: Path) -> None:
+    folder = export.to_tensorrt(digits(schedules.interval(3)), tmp_path / "bundle")
+    with pytest.raises(BundleError, match="run on a GPU: load_bundle"):
+        export.load_bundle(folder)
+    if not torch.cuda.is_available():
+        with pytest.raises(BundleError, match="PyTorch finds none here"):
+            export.load_bundle(folder, device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that TensorRT-RTX supports")
+@pytest.mark.parametrize(("form", "decide"), [("pair", "host"), ("branch", "graph")])
+def test_an_engine_runs(form: str, decide: str, tmp_path: Path) -> None:
+    schedule = schedules.interval(3, forecast=Linear())
+    cached = digits(schedule, decide)
+    loaded = export.load_bundle(export.to_tensorrt(cached, tmp_path / "bundle", form), device="cuda")
+    for step in range(6):
+        args = torch.randn(20, 1, 32, 32, generator=torch.Generator().manual_seed(step))
+        moment, labels = torch.full((20,), 900 - 40 * step), torch.arange(20) % 10
+        with torch.no_grad():
+            expected = cached(args, timestep=moment, class_labels=labels).sample
+            found = loaded(args.cuda(), timestep=moment.cuda(), class_labels=labels.cuda()).sample
+        assert relative_error(found.cpu(), expected) < 1e-2
+    assert loaded.stats().reused > 0
 
 
 @pytest.mark.parametrize("form", ["pair", "branch"])
