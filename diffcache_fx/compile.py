@@ -180,9 +180,9 @@ class Captured:
             found += [(name,) for name in names] if apart else [names] if names else []
         return tuple(found)
 
-    def guarded(self) -> StepProgram:
-        """The program with the conditionals inside."""
-        return run_passes(self.program, (InsertGuards(self.groups(), self._control()),))
+    def guarded(self, hoist: bool = False) -> StepProgram:
+        """The program with the conditionals inside. hoist: what both ways compute alike stands outside of them."""
+        return run_passes(self.program, (InsertGuards(self.groups(), self._control(), hoist),))
 
     def _control(self) -> Control | None:
         """How the graph decides by itself, under an adaptive guard."""

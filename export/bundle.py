@@ -82,7 +82,7 @@ def write_bundle(
     """
     signature = cached.current_signature()
     captured = signature.captured
-    chosen = choose(captured, form, num_steps)
+    chosen = choose(captured, form, num_steps, hoist=artefact != "aot_inductor")
     tell = progress or (lambda _: None)
     plan = plan_table(captured, chosen)  # a plan that does not fit is refused before anything is written
     program = captured.program

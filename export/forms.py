@@ -38,8 +38,9 @@ class Chosen:
     groups: dict[str, str]
 
 
-def choose(captured: Captured, form: str | None, num_steps: int | None) -> Chosen:
-    """The programs of a form. form None: "split" where a guard measures within the step, else "pair".
+def choose(captured: Captured, form: str | None, num_steps: int | None, hoist: bool = False) -> Chosen:
+    """The programs of a form. form None: "split" where a guard measures within the step, else "pair". hoist: see
+    InsertGuards.
 
     Raises ExportError where the schedule cannot be had in this form, and ScheduleError where it needs num_steps.
     """
@@ -67,7 +68,7 @@ def choose(captured: Captured, form: str | None, num_steps: int | None) -> Chose
     groups: dict[str, str] = {}
     if form == "branch":
         try:
-            found: dict[str, tuple[Key, StepProgram]] = {STEP: (frozenset(), captured.guarded())}
+            found: dict[str, tuple[Key, StepProgram]] = {STEP: (frozenset(), captured.guarded(hoist))}
         except RegionError as error:
             raise ExportError(f"this schedule has no branch form: {error}") from error
         groups = {name: group_name(group) for group in captured.groups() for name in group}

@@ -27,6 +27,12 @@ class Common:
     joints: tuple[tuple[fx.Node, fx.Node], ...]
 
 
+def nothing_common(refresh: StepProgram, reuse: StepProgram, results: int) -> Common:
+    """Where each branch computes everything by itself."""
+    ends = (tuple(returned(source.graph)[:results]) for source in (refresh, reuse))
+    return Common(frozenset(), frozenset(), tuple(zip(*ends, strict=True)))
+
+
 def common_parts(original: StepProgram, refresh: StepProgram, reuse: StepProgram, results: int) -> Common:
     """Compare two specialisations of `original`. results: how many values both return, the state after them."""
     fresh, held = ({node.name: node for node in source.graph.nodes} for source in (refresh, reuse))

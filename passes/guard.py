@@ -22,8 +22,10 @@ class InsertGuards:
 
     Rules:
     1. One predicate input per group (bool scalar, True = refresh), a history input and output per cut value and slot.
-    2. A single group becomes one conditional over two whole steps; its regions may be any sets of nodes. What both
-       steps compute alike, before they part and after they meet again, stands outside of it, once.
+    2. A single group becomes one conditional over two whole steps; its regions may be any sets of nodes. With
+       `hoist`, what both steps compute alike, before they part and after they meet again, stands outside of it, once:
+       for files. Not within torch.compile: Inductor passes a branch what it computed in a layout of its own choice, and
+       the branch expects the recorded one.
     3. Several groups become one conditional per region, sharing their group's predicate; there each region must be
        convex: no path may leave it and come back.
     4. With `control` the graph measures the signal and decides by itself; a single group, as in rule 2.
@@ -38,6 +40,7 @@ class InsertGuards:
 
     groups: tuple[tuple[str, ...], ...] | None = None
     control: Control | None = None
+    hoist: bool = False
 
     def __call__(self, program: StepProgram) -> StepProgram:
         groups = self.groups or (tuple(region.name for region in program.regions),)
@@ -47,9 +50,9 @@ class InsertGuards:
                     "an adaptive guard decides in the graph for all regions at once, and this schedule has "
                     f"{len(groups)} groups: use decide='host', or a schedule of one rule"
                 )
-            return guard_adaptive(program, self.control)
+            return guard_adaptive(program, self.control, self.hoist)
         if len(groups) == 1 and len(groups[0]) == len(program.regions):
-            return guard_step(program)
+            return guard_step(program, self.hoist)
         return guard_regions(program, {name: group_name(group) for group in groups for name in group})
 
 

@@ -18,7 +18,7 @@ from .split import Probe, RestOfStep, live_names
 Known = dict[tuple[OutputKind, str], fx.Node]
 
 
-def guard_adaptive(program: StepProgram, control: Control) -> StepProgram:
+def guard_adaptive(program: StepProgram, control: Control, hoist: bool = False) -> StepProgram:
     """The guarded form of a program that measures signals for one rule, which holds all its regions.
 
     Inputs of kind MEMORY are what the guard keeps ("rule/name") and the numbers it carries ("rule/#name"); each comes
@@ -42,7 +42,7 @@ def guard_adaptive(program: StepProgram, control: Control) -> StepProgram:
             size = [len(program.regions), max(value.slots for region in program.regions for value in region.cut)]
             row = call(graph, aten.unsqueeze.default, decided.row, 0)
             places[InputKind.ROWS, "rows"] = call(graph, aten.expand.default, row, size)
-    items = conditional(root, decided.predicate, refresh, reuse, program, places)
+    items = conditional(root, decided.predicate, refresh, reuse, program, places, hoist)
     common = without_state(refresh)
     late: Known = {(o.kind, o.target): item for o, item in zip(common, items, strict=False)}
     with graph.inserting_before(output_node(graph)):

@@ -7,7 +7,7 @@ from torch import fx
 
 from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram, output_node, returned
 
-from .common import Common, common_parts, handed_on
+from .common import Common, common_parts, handed_on, nothing_common
 from .conditional import Body, branch, choose, next_history
 from .emit import history_target, placeholder, set_outputs
 from .specialize import Specialize
@@ -15,13 +15,13 @@ from .specialize import Specialize
 Slot = tuple[InputKind, str]
 
 
-def guard_step(program: StepProgram) -> StepProgram:
+def guard_step(program: StepProgram, hoist: bool = False) -> StepProgram:
     """The guarded form of a program whose regions are all refreshed or all reused; they may be any sets of nodes."""
     refresh = Specialize(frozenset())(program)
     reuse = Specialize(frozenset(region.name for region in program.regions))(program)
     root, entries, places = gather(program, refresh, reuse)
     predicate = placeholder(root.graph, "refresh", (), torch.bool, torch.device("cpu"))
-    items = conditional(root, predicate, refresh, reuse, program, places)
+    items = conditional(root, predicate, refresh, reuse, program, places, hoist)
     set_outputs(root.graph, items)
     root.graph.lint()
     root.recompile()
@@ -57,14 +57,14 @@ def conditional(
     reuse: StepProgram,
     program: StepProgram,
     places: dict[Slot, fx.Node],
+    hoist: bool,
 ) -> list[fx.Node]:
-    """Add the conditional at the end of a graph, and before and after it what both programs compute alike; returns what
-    both return beside the state, then the history.
+    """Add the conditional at the end of a graph; returns what both programs return beside the state, then the history.
 
-    places: the node for each input of the two programs.
+    places: the node for each input of the two programs. hoist: put before and after it what both compute alike.
     """
     results = len(without_state(refresh))
-    common = common_parts(program, refresh, reuse, results)
+    common = common_parts(program, refresh, reuse, results) if hoist else nothing_common(refresh, reuse, results)
     needed = {slot for source in (refresh, reuse) for slot in by_slot(source)}
     needed |= {(InputKind.HISTORY, output.target) for output in history_outputs(program)}
     chosen = {slot: node for slot, node in places.items() if slot in needed}

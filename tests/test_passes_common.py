@@ -31,7 +31,7 @@ def test_the_first_block_and_the_head_are_common() -> None:
     assert common.after
     assert not (common.before | common.after) & inside
     assert len(common.joints) == 1  # the trunk's output
-    main = InsertGuards()(base)
+    main = InsertGuards(hoist=True)(base)
     shown = text(main.graph)
     assert shown.count("cond(") == 1
     assert shown.count("linear(") == text(reuse.graph).count("linear(")
@@ -42,7 +42,7 @@ def test_the_first_block_and_the_head_are_common() -> None:
 def test_what_only_feeds_the_trunk_stays_in_its_branch() -> None:
     """Stored as a value, the trunk leaves nothing of the first block to a reuse step."""
     base, refresh, reuse = parts("value")
-    main = InsertGuards()(base)
+    main = InsertGuards(hoist=True)(base)
     assert (
         text(main.graph).count("linear(") == text(reuse.graph).count("linear(") < text(refresh.graph).count("linear(")
     )
@@ -52,7 +52,7 @@ def test_what_only_feeds_the_trunk_stays_in_its_branch() -> None:
 def test_both_ways_equal_their_programs(storage: str) -> None:
     found = sample(MODEL)
     base, refresh, reuse = parts(storage)
-    main = InsertGuards()(base)
+    main = InsertGuards(hoist=True)(base)
     users = found.users(1)
     name = base.regions[0].name
     fresh = run(refresh, found.module, users)
