@@ -114,7 +114,7 @@ def _within_memory(captured: StepProgram, schedule: CacheSchedule) -> StepProgra
     )
 
 
-def lower(program: StepProgram, options: Options) -> Lowered:
+def lower(program: StepProgram, options: Options, parameters: Parameters) -> Lowered:
     """One program through the backend the user chose."""
     if options.backend == "eager":
         if options.backend_options:
@@ -124,6 +124,10 @@ def lower(program: StepProgram, options: Options) -> Lowered:
         from .export import ort_backend
 
         return ort_backend.lower(run_passes(program, (Deduplicate(),)), **options.backend_options)
+    if options.backend == "torch_tensorrt":
+        from .export import torch_tensorrt
+
+        return torch_tensorrt.lower(run_passes(program, (Deduplicate(),)), parameters, **options.backend_options)
     return torch_compile.lower(program, options.backend, **options.backend_options)
 
 
@@ -244,7 +248,7 @@ class Captured:
 
     def _lower(self, which: Reused | str) -> Lowered:
         if which not in self._lowered:
-            self._lowered[which] = lower(self._program(which), self.options)
+            self._lowered[which] = lower(self._program(which), self.options, Parameters(self.module))
         return self._lowered[which]
 
     def _program(self, which: Reused | str) -> StepProgram:
@@ -281,7 +285,8 @@ def compile_with_cache(
     model: any `nn.Module` called once per step, in evaluation mode, on one device.
     schedule: a CacheSchedule, the name of a factory in `schedules`, the path of a saved schedule, or None for
         `schedules.default()` (every second step after three, continued in a straight line).
-    backend: "inductor", "eager", "onnxruntime", the name of another torch.compile backend, or such a backend itself.
+    backend: "inductor", "eager", "onnxruntime", "torch_tensorrt" (whose engines keep the weights they were built with),
+        the name of another torch.compile backend, or such a backend itself.
     example_inputs: (args, kwargs) of one call; without it the first call is the example.
     num_steps: calls per generation (and guidance branch), where known: lets plans count from the end.
     dynamic: keep batch and spatial sizes symbolic where the model allows it.

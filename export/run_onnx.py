@@ -54,13 +54,19 @@ def open_model(
     session_options: Mapping[str, Any] | None = None,
 ) -> Run:
     """A session for one program. providers: as ONNX Runtime takes them; None: CUDA's on a CUDA device, then the CPU's.
-    session_options: attributes of `onnxruntime.SessionOptions`. Raises BundleError where the file does not load."""
+    session_options: attributes of `onnxruntime.SessionOptions`, and by names with a dot its configuration entries.
+    Raises BundleError where the file does not load."""
     runtime = _module()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    # A generation alternates between sessions: threads that wait for work busily would take it from the next session.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if device.type == "cpu":
         options.intra_op_num_threads = torch.get_num_threads()
     for name, value in (session_options or {}).items():
+        if "." in name:
+            options.add_session_config_entry(name, str(value))
+            continue
         if not hasattr(options, name):
             raise BundleError(f"ONNX Runtime's SessionOptions has no attribute {name!r}")
         setattr(options, name, value)

@@ -84,5 +84,5 @@ def find_backend(backend: str | Callable[..., Any]) -> Callable[..., Any]:
     try:
         return dynamo.lookup_backend(backend)
     except Exception as error:
-        names = ", ".join(sorted({"eager", "onnxruntime", *dynamo.list_backends()}))
+        names = ", ".join(sorted({"eager", "onnxruntime", "torch_tensorrt", *dynamo.list_backends()}))
         raise CacheError(f"no backend is called {backend!r}; here are: {names}") from error
