@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffcache_fx.passes.expand_einsum import ExpandEinsum
 
 from diffcache_fx.errors import ExportError
 from diffcache_fx.program import StepProgram
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 # protobuf refuses messages of 2 GiB; some room for the graph itself.
 LARGEST = 1_900_000_000
+# The first operator set with convolutions and normalisations in bfloat16.
+_OPSET_BFLOAT16 = 22
 # Most elements of a constant that is folded.
 _FOLDED = 256
 
@@ -31,6 +34,9 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], he
 
     Raises ExportError, naming the operator, where ONNX cannot say it.
     """
+    opset = None
+    if _bfloat16(program):
+        program, opset = ExpandEinsum()(program), _OPSET_BFLOAT16
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -39,6 +45,7 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], he
                 verbose=False,
                 optimize=False,
                 external_data=False,
+                opset_version=opset,
             )
             assert exported is not None
             _fold(exported.model)
@@ -54,6 +61,11 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], he
     _lift_initializers(model.graph)
     model.producer_name, model.producer_version = "diffcache_fx", ""
     return model
+
+
+def _bfloat16(program: StepProgram) -> bool:
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
 
 
 def _fold(model: Any) -> None:

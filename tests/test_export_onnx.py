@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from diffcache_fx import (
     export,
     schedules,
 )
-from diffcache_fx.errors import CacheError, ExportError
+from diffcache_fx.errors import BundleError, CacheError, ExportError
 from diffcache_fx.measure import relative_error
 
 from .conftest import sample
@@ -201,6 +202,43 @@ def test_the_batch_may_vary_where_it_was_captured_so(tmp_path: Path) -> None:
             assert relative_error(outputs[1], outputs[0]) < 1e-4
         denoiser.reset()
         loaded.reset()
+
+
+@pytest.mark.parametrize("form", ["pair", "branch"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_half_precision(dtype: torch.dtype, form: str, tmp_path: Path) -> None:
+    """ONNX Runtime's CPU provider runs float16, and has no convolution in bfloat16."""
+    found = sample(FEW[0])
+    module = copy.deepcopy(found.module).to(dtype)
+    args, kwargs = torch.utils._pytree.tree_map(
+        lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
+        (found.args, found.kwargs),
+    )
+    denoiser = compile_with_cache(
+        module,
+        schedules.interval(3, forecast=Linear()),
+        backend="eager",
+        decide="graph" if form == "branch" else "host",
+        num_steps=STEPS,
+        example_inputs=(args, kwargs),
+    )
+    folder = export.to_onnx(denoiser, tmp_path / "bundle", form)
+    program = next(iter(read_manifest(folder).programs.values()))
+    model = onnx.load(folder / program.file, load_external_data=False)
+    weight = next(v for v in model.graph.initializer if v.name == "pos_embed.proj.weight")
+    assert weight.data_type == (onnx.TensorProto.FLOAT16 if dtype == torch.float16 else onnx.TensorProto.BFLOAT16)
+    if dtype == torch.bfloat16:
+        with pytest.raises(BundleError, match=r"Could not find an implementation for Conv\(22\)"):
+            export.load_bundle(folder)
+        return
+    loaded = export.load_bundle(folder)
+    for step in range(6):
+        outputs = []
+        for one in (denoiser, loaded):
+            with torch.no_grad(), one.cache_context("cond", step_index=step, num_inference_steps=STEPS):
+                outputs.append(one(*args, **kwargs).sample.float())
+        assert relative_error(outputs[1], outputs[0]) < 5e-3
+    assert loaded.stats().reused == 4
 
 
 class Block(torch.nn.Module):
