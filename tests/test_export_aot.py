@@ -12,13 +12,13 @@ import torch
 from diffcache_fx.export.manifest import read_manifest
 from safetensors.torch import load_file, save_file
 
-from diffcache_fx import CacheSchedule, Linear, compile_with_cache, export, schedules
+from diffcache_fx import Linear, compile_with_cache, export, schedules
 from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.errors import BundleError
 from diffcache_fx.measure import psnr, relative_error
-from diffcache_fx.presets.predictive import taylor_seer
 
 from .conftest import digits_denoiser, sample
+from .drawing import SCHEDULES, STEPS, decided_alike, drawn, forced, letters, margins, sampler
 from .test_export_onnx import SWEEP, decisions, generation
 
 pytestmark = [
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++"),
 ]
 HOST = Path(__file__).parent / "cpp_host"
-STEPS = 20
 MODELS = (
     "DiTTransformer2DModel",
     "UNet2DConditionModel",
@@ -39,11 +38,6 @@ MODELS = (
     "SanaTransformer2DModel",
     "CogVideoXTransformer3DModel",
 )
-SCHEDULES: dict[str, CacheSchedule] = {
-    "static": schedules.interval(3),
-    "first-block": schedules.first_block_cache(0.1),
-    "taylor": taylor_seer(3, order=1),
-}
 
 
 @pytest.mark.parametrize("name", MODELS if SWEEP else MODELS[:1])
@@ -88,49 +82,25 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, cached, export.to_aot_inductor(cached, tmp_path_factory.mktemp(request.param) / "bundle")
 
 
-def sampler() -> dict[str, torch.Tensor]:
-    """DDIM as numbers: x' = a x + b output, for 20 steps; the noise; the classes asked for, and none."""
-    demo = load_digits()
-    scheduler = demo.scheduler()
-    scheduler.set_timesteps(STEPS)
-    rows = []
-    for step in scheduler.timesteps:
-        ends = [
-            scheduler.step(torch.tensor([[[[out]]]]), step, torch.tensor([[[[x]]]])).prev_sample.item()
-            for x, out in ((1e-3, 0.0), (0.0, 1e-3))  # small, where nothing is clipped
-        ]
-        rows.append([1e3 * end for end in ends])
-    return {
-        "latents": torch.randn(10, *demo.image_shape, generator=torch.Generator().manual_seed(0)),
-        "class_labels": torch.cat((torch.arange(10), torch.full((10,), demo.null_class))),
-        "timesteps": scheduler.timesteps.to(torch.int64),
-        "coefficients": torch.tensor(rows),
-        "guidance": torch.tensor([float(demo.guidance_scale)]),
-    }
-
-
-def drawn(denoiser: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, str]:
-    """The images, and the decisions: F for a refresh, R for a reuse."""
-    latents = inputs["latents"]
-    for step, moment in enumerate(inputs["timesteps"]):
-        both = torch.cat((latents, latents))
-        with torch.no_grad():
-            output = denoiser(both, timestep=moment.expand(20), class_labels=inputs["class_labels"]).sample
-        positive, negative = output.chunk(2)
-        a, b = inputs["coefficients"][step]
-        latents = a * latents + b * (negative + inputs["guidance"] * (positive - negative))
-    taken = "".join("R" if d.reused else "F" for d in denoiser.stats().decisions)
-    return latents.clamp(-1, 1), taken
-
-
 def test_python_draws_the_same_images(bundle: tuple[str, Any, Path]) -> None:
-    _, cached, folder = bundle
-    inputs = sampler()
+    name, cached, folder = bundle
+    inputs, loaded = sampler(), export.load_bundle(folder)
     cached.reset()
-    expected, taken = drawn(cached, inputs)
-    found, decided = drawn(export.load_bundle(folder), inputs)
-    assert decided == taken
-    assert "R" in taken
+    expected, found = drawn(cached, inputs), drawn(loaded, inputs)
+    print(name, margins(loaded))
+    decided_alike(loaded, cached)
+    assert psnr(found, expected) > 60
+
+
+def test_the_same_images_with_decisions_forced(tmp_path: Path) -> None:
+    """What the first-block guard decided, as a plan from outside."""
+    adaptive = SCHEDULES["first-block"]
+    guided = digits_denoiser(adaptive, STEPS)
+    expected = drawn(guided, sampler())
+    planned = digits_denoiser(forced(adaptive, guided), STEPS)
+    loaded = export.load_bundle(export.to_aot_inductor(planned, tmp_path / "bundle"))
+    found = drawn(loaded, sampler())
+    decided_alike(loaded, guided)
     assert psnr(found, expected) > 60
 
 
@@ -138,12 +108,12 @@ def test_cpp_draws_the_same_images(bundle: tuple[str, Any, Path], host: Path, tm
     _, cached, folder = bundle
     inputs = sampler()
     cached.reset()
-    expected, taken = drawn(cached, inputs)
+    expected = drawn(cached, inputs)
     save_file(inputs, tmp_path / "inputs.safetensors")
     command = [host, folder, tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == taken
+    assert ran.stdout.strip() == letters(cached)
     assert psnr(load_file(tmp_path / "outputs.safetensors")["images"], expected) > 60
 
 
