@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,15 +31,17 @@ from .program import StepProgram
 from .values import layout_inputs
 
 log = logging.getLogger(__name__)
+Dynamic = bool | Literal["batch"]
 
 
 def capture(
-    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = False
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: Dynamic = False
 ) -> tuple[StepProgram, ShapeRules]:
     """Trace one call of `module` to a StepProgram.
 
     args, kwargs: an example call (real or fake tensors). Python numbers become 0-d tensors, except those that reach a
-    shape or a branch, which stay constants. dynamic: keep sizes symbolic where the model allows it.
+    shape or a branch, which stay constants. dynamic: keep sizes symbolic where the model allows it; "batch": those of
+    first dimensions only.
 
     Returns the program and the rules that tell which other shapes it serves.
     Raises CaptureError where no way of tracing works, CallError for a module in training mode and for a call without
@@ -70,7 +72,7 @@ def capture(
 class _Attempts:
     """Tries the ways of tracing, with as many Python numbers as tensors as the model bears."""
 
-    def __init__(self, module: nn.Module, call: Call, tensors: tuple[int, ...], dynamic: bool) -> None:
+    def __init__(self, module: nn.Module, call: Call, tensors: tuple[int, ...], dynamic: Dynamic) -> None:
         self.module, self.call, self.tensors, self.dynamic = module, call, tensors, dynamic
         self.failures: list[tuple[str, BaseException]] = []
         examples = [call.leaves[i] for i in tensors]
@@ -191,19 +193,20 @@ class _Attempts:
         )
 
 
-def _export(flat: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool, strict: bool) -> Any:
+def _export(flat: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: Dynamic, strict: bool) -> Any:
     shapes = None
     if dynamic:
         auto = torch.export.Dim.AUTO
-        shapes = (tuple({dim: auto for dim, size in enumerate(tensor.shape) if size > 1} for tensor in inputs),)
+        most = 1 if dynamic == "batch" else None
+        shapes = (tuple({dim: auto for dim, size in enumerate(tensor.shape[:most]) if size > 1} for tensor in inputs),)
     return torch.export.export(flat, inputs, dynamic_shapes=shapes, strict=strict)
 
 
-def _non_strict(flat: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool) -> Any:
+def _non_strict(flat: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: Dynamic) -> Any:
     return _export(flat, inputs, dynamic, strict=False)
 
 
-def _dynamo(flat: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool) -> Any:
+def _dynamo(flat: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: Dynamic) -> Any:
     return _export(flat, inputs, dynamic, strict=True)
 
 

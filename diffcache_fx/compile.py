@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .calling import ShapeRules
-from .capture import capture
+from .capture import Dynamic, capture
 from .errors import CacheError, RegionError, ScheduleError
 from .export import eager, torch_compile
 from .export.lowered import Lowered
@@ -52,7 +52,7 @@ class Options:
 
     backend: str | Callable[..., Any] = "inductor"
     num_steps: int | None = None
-    dynamic: bool = False
+    dynamic: Dynamic = False
     decide: Decide = "host"
     max_programs: int | None = 4
     refinement: bool = False
@@ -61,8 +61,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.decide not in DECIDE:
             raise CacheError(f"decide must be 'host', 'graph' or 'lagged', not {self.decide!r}")
-        if self.dynamic and self.decide == "graph":
-            raise CacheError("dynamic=True needs decide='host': a program with conditionals has fixed sizes")
+        if not isinstance(self.dynamic, bool) and self.dynamic != "batch":
+            raise CacheError(f"dynamic must be True, False or 'batch', not {self.dynamic!r}")
+        if self.dynamic is True and self.decide == "graph":
+            raise CacheError(
+                "dynamic=True needs decide='host': in a program with conditionals only the batch may vary; "
+                "dynamic='batch' goes with decide='graph'"
+            )
         for name in ("num_steps", "max_programs"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -142,8 +147,10 @@ class Captured:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
-        if options.dynamic and schedule.adaptive:
-            raise CacheError("dynamic=True does not go with an adaptive guard: its programs have fixed sizes")
+        if options.dynamic is True and schedule.adaptive:
+            raise CacheError(
+                "dynamic=True does not go with an adaptive guard: there only the batch may vary, with dynamic='batch'"
+            )
         captured, rules = capture(module, args, kwargs, dynamic=options.dynamic)
         self.module, self.schedule, self.options = module, schedule, options
         self.rules: ShapeRules = rules
@@ -274,7 +281,7 @@ def compile_with_cache(
     backend: str | Callable[..., Any] = "inductor",
     example_inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
     num_steps: int | None = None,
-    dynamic: bool = False,
+    dynamic: Dynamic = False,
     decide: Decide = "host",
     max_programs: int | None = 4,
     refinement: bool = False,
@@ -289,7 +296,8 @@ def compile_with_cache(
         the name of another torch.compile backend, or such a backend itself.
     example_inputs: (args, kwargs) of one call; without it the first call is the example.
     num_steps: calls per generation (and guidance branch), where known: lets plans count from the end.
-    dynamic: keep batch and spatial sizes symbolic where the model allows it.
+    dynamic: keep batch and spatial sizes symbolic where the model allows it; "batch": that of the batch only, which the
+        branch form of an export needs.
     decide: "host" runs one straight program per decision; under an adaptive guard a probe program first, with a read of
         its signal per step, and a second read where the guard also measures the output. "graph" runs one program with
         the decision and the conditionals inside. "lagged" lets the signal of a step decide the step after, so that

@@ -104,14 +104,14 @@ class Controller:
         self._together = schedule.guidance == "together"
         self._first: tuple[int, str, dict[int, bool]] | None = None  # step, context, refresh by rule
 
-    def kept(self, steps: StepSet, state: CacheState) -> dict[str, torch.Tensor]:
+    def kept(self, steps: StepSet, state: CacheState, users: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What guards keep, by target, for all programs of a step; zeros where nothing is kept yet."""
         if not self.guards:
             return {}
         found = {f"{i}/{name}": value for i, guard in state.guards.items() for name, value in guard.kept.items()}
         for key in (PROBE, *steps.choice.programs):
             if key in steps.lowered and any(target not in found for target in steps.lowered[key].blanks):
-                found = {**steps.memory(key), **found}
+                found = {**steps.memory(key, steps.sizes(users)), **found}
         return found
 
     def decide(

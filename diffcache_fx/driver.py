@@ -212,7 +212,7 @@ class Driver:
         self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, users: Tensors
     ) -> tuple[list[torch.Tensor], Decision]:
         control, total = self._control, self._total(place)
-        feed = Feed(users, kept=control.kept(steps, state))
+        feed = Feed(users, kept=control.kept(steps, state, users))
         early = steps.run(PROBE, state, feed) if steps.split else None
         turn = control.decide(steps, place, total, allowed, state, early.signals if early else {})
         key = steps.choice.serve(turn.wanted, steps.weight)
@@ -229,8 +229,9 @@ class Driver:
     def _run_branching(
         self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, users: Tensors
     ) -> tuple[list[torch.Tensor], Decision]:
+        sizes = steps.sizes(users)
         for region in steps.regions:
-            state.zeros(region.name)
+            state.zeros(region.name, sizes)
         by_group: dict[str, bool] = {}
         for region in steps.regions:
             group = steps.groups[region.name]
@@ -254,7 +255,7 @@ class Driver:
         (rule,) = self.schedule.adaptive
         guard = state.guards[rule]
         if not guard.graph:
-            guard.graph = dict(steps.memory(frozenset()))
+            guard.graph = dict(steps.memory(frozenset(), steps.sizes(feed.users)))
         forced = not allowed
         device = steps.regions[0].cut[0].device
         total = self._total(place)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .program import Region, size_hint
+from .program import Region
+from .sizes import Sizes, sizes_of
 
 
 class RegionHistory:
@@ -132,13 +133,14 @@ class CacheState:
         """Regions that were never refreshed in this generation and so cannot be reused."""
         return frozenset(name for name, history in self.histories.items() if not history.filled)
 
-    def zeros(self, name: str) -> list[list[torch.Tensor]]:
-        """The slots of a region, made of zeros where still empty (guarded programs take all of them at every step)."""
+    def zeros(self, name: str, sizes: Sizes) -> list[list[torch.Tensor]]:
+        """The slots of a region, made of zeros where still empty (guarded programs take all of them at every step).
+        sizes: the symbolic ones of the call."""
         history = self.histories[name]
         for value, slots in zip(history.region.cut, history.slots, strict=True):
             for index, slot in enumerate(slots):
                 if slot is None:
-                    shape = tuple(size_hint(size) for size in value.shape)
+                    shape = sizes.of(sizes_of(value.shape))
                     slots[index] = torch.zeros(shape, dtype=value.dtype, device=value.device)
         return history.slots  # type: ignore[return-value]
 

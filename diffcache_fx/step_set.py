@@ -10,6 +10,7 @@ import torch
 
 from .plan import ProgramChoice, Reused
 from .program import InputKind, Measured, OutputKind, Region
+from .sizes import Sizes, Symbols
 from .state import CacheState
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ class StepSet:
         self.branching = any(entry.branching for entry in self.lowered.values())
         self.split = PROBE in self.lowered
         self._parameters = parameters
+        shapes = {leaf: shape for entry in self.lowered.values() for leaf, shape in entry.shapes.items()}
+        self._leaves = tuple(shapes)
+        self._symbols = Symbols(tuple(shapes.values()))
         self._templates: dict[Key, list[Any]] = {}
         self._layout = {key: _Layout(entry) for key, entry in self.lowered.items()}
 
@@ -97,11 +101,15 @@ class StepSet:
         layout.fill(args, state, feed)
         return layout.sort(self.lowered[key].run(*args))
 
-    def memory(self, key: Key) -> Mapping[str, torch.Tensor]:
+    def sizes(self, users: Mapping[int, torch.Tensor]) -> Sizes:
+        """What symbolic sizes are in a call."""
+        return self._symbols.bind([users[leaf].shape for leaf in self._leaves])
+
+    def memory(self, key: Key, sizes: Sizes) -> Mapping[str, torch.Tensor]:
         """Zeros for each kept quantity that a program takes, by target: what a generation starts from."""
-        blanks = self.lowered[key].blanks
         return {
-            target: torch.zeros(shape, dtype=dtype, device=device) for target, (shape, dtype, device) in blanks.items()
+            target: torch.zeros(sizes.of(shape), dtype=dtype, device=device)
+            for target, (shape, dtype, device) in self.lowered[key].blanks.items()
         }
 
 

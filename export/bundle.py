@@ -17,6 +17,7 @@ import torch
 from diffcache_fx.errors import ExportError
 from diffcache_fx.parameters import Parameters
 from diffcache_fx.program import StepProgram
+from diffcache_fx.sizes import sizes_of
 from diffcache_fx.version import __version__
 
 from .describe import describe
@@ -32,7 +33,7 @@ from .manifest import (
     Value,
     hash_of,
 )
-from .ports import WEIGHTS, example_of, input_names, name_of_dtype, output_names, sizes_of
+from .ports import WEIGHTS, example_of, input_names, name_of_dtype, output_names
 
 if TYPE_CHECKING:
     from diffcache_fx.denoiser import CachedDenoiser

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from diffcache_fx.calling import is_number, number_tensor
 from diffcache_fx.errors import CallError
+from diffcache_fx.sizes import Size
 
-from .ports import Size, name_of_dtype
+from .ports import name_of_dtype
 
 Scalar = bool | int | float | str | None
 SCALARS = (bool, int, float, str, type(None))

@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from diffcache_fx.errors import ExportError
 from diffcache_fx.program import TENSOR, CallSignature, InputKind, StepProgram
+from diffcache_fx.sizes import sizes_of
 
 from .convention import SCALARS, Convention, Leaf, Parameter, Scalar, Tree
-from .ports import name_of_dtype, sizes_of
+from .ports import name_of_dtype
 
 
 def describe(

@@ -65,16 +65,16 @@ def to_exported(
         in_spec=pytree.tree_structure((args, {})),
         out_spec=pytree.tree_structure(tuple(range(len(results)))),
     )
-    held = {entry.target for entry in program.inputs if entry.kind is InputKind.CONSTANT}
+    own = {entry.target for entry in program.inputs if entry.kind is InputKind.CONSTANT}
     return ExportedProgram(
         copied.module,
         copied.graph,
         ExportGraphSignature(input_specs=specs, output_specs=results),
-        {name: _parameter(tensor) for name, tensor in weights.items() if name not in held},
+        {name: _parameter(tensor) for name, tensor in weights.items() if name not in own},
         ranges,
         [ModuleCallEntry("", call)],
         example_inputs=None if ranges and not examples else (args, {}),
-        constants={name: tensor for name, tensor in weights.items() if name in held},
+        constants={name: tensor for name, tensor in weights.items() if name in own},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from diffcache_fx.errors import CacheError, ExportError, RegionError
 from diffcache_fx.plan import Plan, ProgramChoice
 from diffcache_fx.program import StepProgram
 from diffcache_fx.recognition import Arguments, Hints
+from diffcache_fx.sizes import Size, Sizes
 from diffcache_fx.step_set import DIFFERENCE, PROBE, REBUILD, Feed, Key, Results, StepSet
 
 from .manifest import FORMS, Form, Step
@@ -56,6 +58,10 @@ def choose(captured: Captured, form: str | None, num_steps: int | None, hoist: b
         raise ExportError(
             "this schedule decides by a signal that is measured within the step, which a pair of programs cannot do: "
             "use form='split' or form='branch', or compile with decide='lagged'"
+        )
+    if form == "branch" and captured.options.dynamic is True:
+        raise ExportError(
+            "in the branch form only the batch may vary: compile with dynamic='batch', or export form='pair'"
         )
     if form == "split" and not measures:
         raise ExportError("this schedule measures nothing within a step, so there is nothing to split: use form='pair'")
@@ -127,14 +133,24 @@ class _Notes(StepSet):
         self.branching = chosen.form == "branch"
         self.ran: tuple[Any, tuple[tuple[float, ...], ...], dict[str, bool]] = ("", (), {})
 
+    def sizes(self, users: Mapping[int, torch.Tensor]) -> Sizes:
+        return _AnySizes({})
+
     def run(self, key: Key, state: CacheState, feed: Feed) -> Results:
         rows = () if feed.rows is None else tuple(tuple(row) for row in feed.rows.tolist())
         self.ran = key, rows, {name: bool(value) for name, value in feed.predicates.items()}
         if self.branching:
-            kept = {name: [v for slots in state.zeros(name) for v in slots] for name in state.histories}
+            kept = {r.name: [torch.zeros(1) for value in r.cut for _ in range(value.slots)] for r in self.regions}
             return Results([torch.zeros(1)], kept, {}, {}, {}, {})
         fresh = {r.name: [torch.zeros(2) for _ in r.cut] for r in self.regions if r.name not in key}
         return Results([torch.zeros(1)], fresh, {}, {}, {}, {})
+
+
+class _AnySizes(Sizes):
+    """Where nothing is computed."""
+
+    def of(self, shape: Sequence[Size]) -> tuple[int, ...]:
+        return (1,)
 
 
 def _no_weights(name: str) -> torch.Tensor:

@@ -18,12 +18,13 @@ from diffcache_fx.program import CutValue, Input, InputKind, Output, OutputKind,
 from diffcache_fx.recognition import Arguments
 from diffcache_fx.report import Stats, summarize
 from diffcache_fx.schedule import CacheSchedule
+from diffcache_fx.sizes import Sizes, Symbols
 from diffcache_fx.step_set import DIFFERENCE, PROBE, REBUILD, Key, StepSet
 
 from .forms import STEP
 from .lowered import Lowered, Run
 from .manifest import Manifest, Program, check_files, read_manifest
-from .ports import Sizes, Symbols, dtype_named
+from .ports import dtype_named
 from .weights_file import NAMED
 
 RUNTIMES = {"onnx": ("onnxruntime",), "aot_inductor": ("aot_inductor",), "tensorrt": ("tensorrt",)}
@@ -236,11 +237,12 @@ def _lowered(program: Program, run: Run, device: torch.device) -> Lowered:
     inputs = tuple(Input(InputKind(port.kind), port.name, port.target) for port in program.inputs)
     outputs = tuple(Output(OutputKind(port.kind), port.target) for port in program.outputs)
     blanks = {
-        port.target: (tuple(int(size) for size in port.shape), dtype_named(port.dtype), device)
+        port.target: (port.shape, dtype_named(port.dtype), device)
         for port in program.inputs
         if port.kind == InputKind.MEMORY.value
     }
-    return Lowered(run, inputs, outputs, {}, frozenset(program.reused), blanks)
+    shapes = {int(port.target): port.shape for port in program.inputs if port.kind == InputKind.USER.value}
+    return Lowered(run, inputs, outputs, {}, frozenset(program.reused), blanks, shapes)
 
 
 def _region(region: Any, device: torch.device) -> Region:

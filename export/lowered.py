@@ -7,31 +7,38 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram, size_hint
+from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram
+from diffcache_fx.sizes import Size, sizes_of
 
 Run = Callable[..., Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A callable step. `run(*tensors)` takes one tensor for each of `inputs` and returns one for each of `outputs`."""
+    """A callable step. `run(*tensors)` takes one tensor for each of `inputs` and returns one for each of `outputs`.
+
+    blanks: shape, dtype and device of what guards keep, by target. shapes: of the caller's tensors, by leaf.
+    """
 
     run: Run
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
     constants: dict[str, torch.Tensor]
     reused: frozenset[str]
-    blanks: dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]] = field(default_factory=dict)
+    blanks: dict[str, tuple[tuple[Size, ...], torch.dtype, torch.device]] = field(default_factory=dict)
+    shapes: dict[int, tuple[Size, ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(program: StepProgram, run: Run) -> Lowered:
-        """blanks: shape, dtype and device of what guards keep, by target."""
-        blanks = {}
+        """What `run` makes of a program."""
+        blanks, shapes = {}, {}
         for node, entry in zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+            value = node.meta["val"]
             if entry.kind is InputKind.MEMORY:
-                value = node.meta["val"]
-                blanks[entry.target] = (tuple(size_hint(size) for size in value.shape), value.dtype, value.device)
-        return Lowered(run, program.inputs, program.outputs, program.constants, program.reused, blanks)
+                blanks[entry.target] = sizes_of(value.shape), value.dtype, value.device
+            elif entry.kind is InputKind.USER:
+                shapes[int(entry.target)] = sizes_of(value.shape)
+        return Lowered(run, program.inputs, program.outputs, program.constants, program.reused, blanks, shapes)
 
     @property
     def branching(self) -> bool:

@@ -11,9 +11,9 @@ from pydantic import Field, ValidationError
 
 from diffcache_fx.errors import BundleError
 from diffcache_fx.program import Measured
+from diffcache_fx.sizes import Size
 
 from .convention import Convention, Data, Scalar
-from .ports import Size
 
 FORMAT, VERSION = "diffcache_fx.bundle", 1
 NAME = "manifest.json"

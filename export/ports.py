@@ -8,8 +8,6 @@ import torch
 
 from diffcache_fx.program import InputKind, Output, OutputKind, StepProgram, returned, size_hint
 
-Size = int | str  # a symbolic size is written as its expression
-
 # Kinds of inputs that an artefact holds itself.
 WEIGHTS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT})
 
@@ -25,11 +23,6 @@ def dtype_named(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"no dtype is called {name!r}")
     return found
-
-
-def sizes_of(shape: Iterable[int | torch.SymInt]) -> tuple[Size, ...]:
-    """Sizes as data; symbolic ones as text."""
-    return tuple(size if isinstance(size, int) else str(size) for size in shape)
 
 
 def hints_of(shape: Iterable[int | torch.SymInt]) -> tuple[int, ...]:
@@ -100,37 +93,3 @@ def _fields(program: StepProgram) -> list[str]:
 def example_of(program: StepProgram) -> list[torch.Tensor]:
     """The example value of each output, in order."""
     return [value.meta["val"] for value in returned(program.graph)]
-
-
-class Symbols:
-    """Sizes that differ from call to call: read off the inputs, put into the outputs' shapes."""
-
-    def __init__(self, shapes: Sequence[Sequence[Size]]) -> None:
-        self._places = {
-            size: (index, axis)
-            for index, shape in enumerate(shapes)
-            for axis, size in enumerate(shape)
-            if isinstance(size, str) and size.isidentifier()
-        }
-
-    def bind(self, shapes: Sequence[Sequence[int]]) -> Sizes:
-        """The sizes of one call."""
-        return Sizes({name: int(shapes[index][axis]) for name, (index, axis) in self._places.items()})
-
-
-class Sizes:
-    """The values of symbolic sizes in one call."""
-
-    def __init__(self, values: dict[str, int]) -> None:
-        self.values = values
-
-    def of(self, shape: Sequence[Size]) -> tuple[int, ...]:
-        """A shape as numbers."""
-        return tuple(size if isinstance(size, int) else self._number(size) for size in shape)
-
-    def _number(self, size: str) -> int:
-        if size in self.values:
-            return self.values[size]
-        import sympy
-
-        return int(sympy.sympify(size, locals={name: sympy.Integer(value) for name, value in self.values.items()}))

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from diffcache_fx.errors import BundleError, CallError
+from diffcache_fx.sizes import Symbols
 
 from .lowered import Run
 from .manifest import Port, Program
-from .ports import Symbols, dtype_named, name_of_dtype
+from .ports import dtype_named, name_of_dtype
 
 # Numbers of ONNX's element types; numpy has no bfloat16.
 _ELEMENT = {

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from diffcache_fx.errors import BundleError, ExportError
+from diffcache_fx.sizes import Symbols
 
 from .lowered import Run
 from .manifest import Program
-from .ports import Symbols, dtype_named
+from .ports import dtype_named
 from .tensorrt import find_tensorrt
 
 

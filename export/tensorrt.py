@@ -14,6 +14,7 @@ import torch
 
 from diffcache_fx.errors import ExportError
 from diffcache_fx.program import StepProgram
+from diffcache_fx.sizes import Sizes, sizes_of
 
 from .bundle import Job, Told, Written, write_bundle
 from .onnx import write_models
@@ -169,15 +170,20 @@ def _profile(builder: Any, config: Any, program: StepProgram, sizes: Mapping[str
             raise ExportError(
                 f"the size {what} needs a smallest, a usual and a largest value, not {least, usual, most}"
             )
+    symbols = {
+        str(size): (hint,) * 3
+        for node in taken
+        for size, hint in zip(node.meta["val"].shape, hints_of(node.meta["val"].shape), strict=True)
+        if str(size).isidentifier()
+    } | ranges
     profile, symbolic = builder.create_optimization_profile(), False
     for name, node in zip(input_names(program), taken, strict=True):
         shape = node.meta["val"].shape
         if all(isinstance(size, int) for size in shape):
             continue
         symbolic = True
-        hints = hints_of(shape)
         three = [
-            tuple(ranges.get(str(size), (hint,) * 3)[which] for size, hint in zip(shape, hints, strict=True))
+            Sizes({symbol: bounds[which] for symbol, bounds in symbols.items()}).of(sizes_of(shape))
             for which in range(3)
         ]
         profile.set_shape(name, *three)

@@ -301,9 +301,11 @@ def test_sizes_that_change_do_not_go_with_an_adaptive_guard(name: str) -> None:
     for decide in ("host", "lagged"):
         with pytest.raises(CacheError) as error:
             compiled(schedules.get(name), dynamic=True, decide=decide)(*at(0))
-        says(error, "dynamic=True", "adaptive guard", "fixed sizes")
+        says(error, "dynamic=True", "adaptive guard", "dynamic='batch'")
     with pytest.raises(CacheError, match=r"dynamic=True needs decide='host'"):
         compiled(schedules.get(name), dynamic=True, decide="graph")
+    with pytest.raises(CacheError, match=r"dynamic must be True, False or 'batch', not 'all'"):
+        compiled(schedules.get(name), dynamic="all")
 
 
 def test_what_needs_the_number_of_steps() -> None:

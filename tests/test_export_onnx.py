@@ -179,27 +179,45 @@ def test_weights_lie_in_one_file_for_all_programs(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_batch_may_vary_where_it_was_captured_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dynamic", "decide", "schedule"),
+    [
+        (True, "host", schedules.interval(2, forecast=Linear())),
+        ("batch", "graph", schedules.interval(2, forecast=Linear())),
+        ("batch", "host", schedules.first_block_cache(0.1)),
+        ("batch", "graph", schedules.first_block_cache(0.1)),
+    ],
+    ids=["pair", "branch", "split", "adaptive-branch"],
+)
+def test_the_batch_may_vary_where_it_was_captured_so(
+    dynamic: Any, decide: Any, schedule: CacheSchedule, tmp_path: Path
+) -> None:
     found = sample(FEW[0])
     denoiser = compile_with_cache(
         found.module,
-        schedules.interval(2, forecast=Linear()),
+        schedule,
         backend="eager",
-        dynamic=True,
+        dynamic=dynamic,
+        decide=decide,
         num_steps=4,
         example_inputs=(found.args, found.kwargs),
     )
-    folder = export.to_onnx(denoiser, tmp_path / "bundle")
+    folder = export.to_onnx(denoiser, tmp_path / "bundle", "branch" if decide == "graph" else None)
     loaded = export.load_bundle(folder)
     args, kwargs = torch.utils._pytree.tree_map(
         lambda leaf: torch.cat((leaf, leaf)) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf,
         (found.args, found.kwargs),
     )
     for one, other in ((found.args, found.kwargs), (args, kwargs)):
-        for _ in range(4):
-            with torch.no_grad():
-                outputs = [denoiser(*one, **other).sample, loaded(*one, **other).sample]
+        for step in range(4):
+            outputs = []
+            for each in (denoiser, loaded):
+                with torch.no_grad(), each.cache_context("cond", step_index=step, num_inference_steps=4):
+                    outputs.append(each(*one, **other).sample)
             assert relative_error(outputs[1], outputs[0]) < 1e-4
+        verdicts = [[v.refresh for d in each.stats().decisions for v in d.verdicts] for each in (denoiser, loaded)]
+        assert verdicts[0] == verdicts[1]
+        assert loaded.stats().reused > 0 or False in verdicts[1]
         denoiser.reset()
         loaded.reset()
 
@@ -253,10 +271,19 @@ class Block(torch.nn.Module):
 class TestRefused:
     def test_a_form_that_the_schedule_does_not_have(self, tmp_path: Path) -> None:
         adaptive, static = (cached(FEW[0], schedule) for schedule in (CASES["split"][0], CASES["pair"][0]))
+        found = sample(FEW[0])
+        varying = compile_with_cache(
+            found.module,
+            schedules.interval(3),
+            backend="eager",
+            dynamic=True,
+            example_inputs=(found.args, found.kwargs),
+        )
         for denoiser, form, words in (
             (adaptive, "pair", "measured within the step"),
             (static, "split", "nothing to split"),
             (static, "triple", "form must be one of pair, split, branch"),
+            (varying, "branch", "only the batch may vary: compile with dynamic='batch'"),
         ):
             with pytest.raises(ExportError, match=words):
                 export.to_onnx(denoiser, tmp_path / "bundle", form)
