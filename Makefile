@@ -29,9 +29,10 @@ types: $(TEST_STAMP) ## mypy
 	$(PIP) --no-deps --upgrade --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy -p diffcache_fx
 
-sweep: $(TEST_STAMP) ## what takes long: the whole corpus under Inductor, the coverage table, the step; JSON in bench/results/
+sweep: $(TEST_STAMP) ## what takes long: the whole corpus under Inductor, what can be exported, the step; JSON in bench/results/
 	mkdir -p bench/results
 	$(BIN)/python -m bench.coverage --fresh
+	$(BIN)/python -m bench.exports --fresh
 	DIFFCACHE_FX_SWEEP=1 $(BIN)/python -m pytest --timeout 7200
 	$(BIN)/python -m bench.step
 

@@ -7,13 +7,10 @@ Every entry of the corpus with tiny random weights, and the published sizes on f
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from bench.rows import Row, brief, rows_of, work
 from bench.zoo import Entry, corpus, published
 from diffcache_fx import CachedDenoiser, RegionError, compile_with_cache, schedules
 from diffcache_fx.capture import capture
@@ -32,29 +30,10 @@ from diffcache_fx.compile import front_end, run_passes
 from diffcache_fx.invariants import NAMES, check, run_program, same
 
 RESULTS = Path(__file__).parent / "results"
-Row = dict[str, Any]
-_MARK = "coverage row: "
+_MODULE = "bench.coverage"
 _LIMIT = 240  # seconds for one entry
 _BATCH = 8  # entries in one process
 _MANY = 0.60  # share of FLOPs from which a region counts
-
-
-@contextlib.contextmanager
-def _limit(seconds: int) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"not done within {seconds} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-
-
-def _brief(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:400] if lines else ''}"
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
@@ -74,7 +53,7 @@ def measure(entry: Entry) -> Row:
                 model, schedules.interval(2, storage="value"), backend="eager", example_inputs=(args, kwargs)
             )
         except RegionError as error:
-            row["region_failure"] = _brief(error)
+            row["region_failure"] = brief(error)
             program, _ = capture(model, args, kwargs)
             row |= {"captured_by": program.captured_by, "nodes": len(program.graph.nodes)}
             outputs, _ = run_program(program, model, args, kwargs)
@@ -141,50 +120,18 @@ def measure_published(name: str) -> Row:
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _work(names: Sequence[str]) -> None:
-    """In a process of its own: measure, printing each row as soon as it is known."""
-    torch.set_num_threads(1)
+def _measured(name: str) -> Row:
     entries = corpus()
-    for name in names:
-        print(_MARK + json.dumps({"begin": name}), flush=True)
-        row: Row = {"name": name}
-        try:
-            with _limit(_LIMIT), torch.no_grad():
-                row = measure(entries[name]) if name in entries else measure_published(name)
-        except Exception as error:
-            row |= {"model": name.split("-")[0], "failure": _brief(error)}
-        print(_MARK + json.dumps(row), flush=True)
+    return measure(entries[name]) if name in entries else measure_published(name)
 
 
-def _rows(names: Sequence[str]) -> Iterator[Row]:
-    """Measure in subprocesses: a crash costs one row, and the memory of one batch is given back."""
-    waiting = list(names)
-    while waiting:
-        batch = waiting[:1] if waiting[0] in published() else waiting[:_BATCH]
-        under_way = ""
-        command = [sys.executable, "-m", "bench.coverage", "--worker", *batch]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if not line.startswith(_MARK):
-                    continue
-                row = json.loads(line.removeprefix(_MARK))
-                if "begin" in row:
-                    under_way = row["begin"]
-                    continue
-                waiting.remove(row["name"])
-                under_way = ""
-                yield row
-        if under_way or process.returncode:
-            name = under_way or waiting[0]
-            if name in waiting:
-                waiting.remove(name)
-                yield {"name": name, "failure": f"the process ended with {process.returncode}"}
+def _batch(name: str) -> int:
+    return 1 if name in published() else _BATCH
 
 
 def measure_in_process(name: str) -> Row:
     """The row of one entry, measured in a process of its own."""
-    return next(_rows([name]))
+    return next(rows_of(_MODULE, [name], _batch))
 
 
 def _cells(row: Row) -> list[str]:
@@ -222,7 +169,7 @@ def totals(rows: Sequence[Row]) -> dict[str, int]:
     good = [row for row in rows if row.get("identical")]
     large = [row for row in good if row.get("share", 0) >= _MANY]
     sound = [row for row in large if not any(row["invariants"].values())]
-    classes = {row["model"] for row in rows if row.get("family") != "plain"}
+    classes = {row.get("model", row["name"].split("-")[0]) for row in rows if row.get("family") != "plain"}
     return {
         "entries": len(rows),
         "classes": len(classes),
@@ -259,13 +206,13 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        _work(options.names)
+        work(options.names, _measured, _LIMIT)
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "coverage.json"
     known: dict[str, Row] = json.loads(path.read_text()) if path.exists() and not options.fresh else {}
     order = [*corpus(), *published()]
-    for row in _rows(options.names or [name for name in order if name not in known]):
+    for row in rows_of(_MODULE, options.names or [name for name in order if name not in known], _batch):
         known[row["name"]] = row
         known = {name: known[name] for name in order if name in known}
         path.write_text(json.dumps(known, indent=1) + "\n")

@@ -13,6 +13,7 @@ import torch
 from diffcache_fx.export.manifest import read_manifest
 
 from bench.zoo import corpus
+from bench.zoo.entry import moving
 from diffcache_fx import (
     CachedDenoiser,
     CacheSchedule,
@@ -33,7 +34,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread", "shared_capture")]
 
 SWEEP = os.environ.get("DIFFCACHE_FX_SWEEP", "") not in ("", "0")
 FEW = ("DiTTransformer2DModel", "UNet2DConditionModel", "FluxTransformer2DModel", "WanTransformer3DModel")
-MODELS = sorted(corpus()) if SWEEP else FEW
+MODELS = FEW  # all of the corpus: `python -m bench.exports`
 STEPS = 20
 # What a schedule is exported as: by form, the schedule and how its decisions are taken.
 CASES: dict[str, tuple[CacheSchedule, str]] = {
@@ -45,17 +46,9 @@ CASES: dict[str, tuple[CacheSchedule, str]] = {
 
 def generation(denoiser: Any, name: str, steps: int = STEPS) -> list[torch.Tensor]:
     """Inputs that move a little from step to step, so that an adaptive guard has something to see."""
-    entry = sample(name).entry
     outputs = []
-    first, last = entry.inputs(0), entry.inputs(1)
     for step in range(steps):
-        share = step / steps
-
-        def between(a: Any, b: Any, share: float = share) -> Any:
-            moving = isinstance(a, torch.Tensor) and a.is_floating_point() and a.dim() > 1
-            return torch.lerp(a, b, 0.2 * share) if moving else a
-
-        args, kwargs = torch.utils._pytree.tree_map(between, first, last)
+        args, kwargs = moving(sample(name).entry, step / steps)
         with torch.no_grad(), denoiser.cache_context("cond", step_index=step, num_inference_steps=steps):
             made = torch.utils._pytree.tree_leaves(denoiser(*args, **kwargs))
         outputs += [value for value in made if isinstance(value, torch.Tensor)]

@@ -156,3 +156,15 @@ def stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
 def tensors(output: Any) -> list[Tensor]:
     """Return the tensors of a forward output, in order."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def moving(entry: Entry, share: float) -> Call:
+    """The call at a share of a generation: its tensors of more than one dimension go a fifth of the way from one draw
+    to another."""
+
+    def between(a: Any, b: Any) -> Any:
+        moves = isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 1
+        return torch.lerp(a, b, 0.2 * share) if moves else a
+
+    args, kwargs = torch.utils._pytree.tree_map(between, entry.inputs(0), entry.inputs(1))
+    return args, kwargs
