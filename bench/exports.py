@@ -53,12 +53,12 @@ AOT = (
 )
 
 
-def generation(denoiser: Any, entry: Entry) -> list[torch.Tensor]:
+def generation(denoiser: Any, entry: Entry, steps: int = STEPS) -> list[torch.Tensor]:
     """All outputs of a generation whose inputs move a little, so that an adaptive guard has something to see."""
     outputs: list[torch.Tensor] = []
-    for step in range(STEPS):
-        args, kwargs = moving(entry, step / STEPS)
-        with torch.no_grad(), denoiser.cache_context("cond", step_index=step, num_inference_steps=STEPS):
+    for step in range(steps):
+        args, kwargs = moving(entry, step / steps)
+        with torch.no_grad(), denoiser.cache_context("cond", step_index=step, num_inference_steps=steps):
             made = tree_leaves(denoiser(*args, **kwargs))
         outputs += [value for value in made if isinstance(value, torch.Tensor)]
     return outputs

@@ -19,30 +19,19 @@ from diffcache_fx.measure import psnr, relative_error
 
 from .conftest import digits_denoiser, sample
 from .drawing import SCHEDULES, STEPS, decided_alike, drawn, forced, letters, margins, sampler
-from .test_export_onnx import SWEEP, decisions, generation
+from .test_export_onnx import decisions, generation
 
 pytestmark = [
     pytest.mark.usefixtures("shared_capture"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++"),
 ]
 HOST = Path(__file__).parent / "cpp_host"
-MODELS = (
-    "DiTTransformer2DModel",
-    "UNet2DConditionModel",
-    "FluxTransformer2DModel",
-    "WanTransformer3DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "LTXVideoTransformer3DModel",
-    "AuraFlowTransformer2DModel",
-    "SanaTransformer2DModel",
-    "CogVideoXTransformer3DModel",
-)
 
 
-@pytest.mark.parametrize("name", MODELS if SWEEP else MODELS[:1])
 @pytest.mark.parametrize("form", ["pair", "branch"])
-def test_a_generation(name: str, form: str, tmp_path: Path) -> None:
+def test_a_generation(form: str, tmp_path: Path) -> None:
+    """More of the corpus: `python -m bench.exports --only aot_inductor`."""
+    name = FEW[0]
     found = sample(name)
     denoiser = compile_with_cache(
         found.module,

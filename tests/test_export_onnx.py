@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import pytest
 import torch
 from diffcache_fx.export.manifest import read_manifest
 
-from bench.zoo import corpus
-from bench.zoo.entry import moving
+from bench import exports
+from bench.exports import decisions
 from diffcache_fx import (
     CachedDenoiser,
     CacheSchedule,
@@ -32,9 +31,8 @@ from .conftest import sample
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "shared_capture")]
 
-SWEEP = os.environ.get("DIFFCACHE_FX_SWEEP", "") not in ("", "0")
+# All of the corpus: `python -m bench.exports`.
 FEW = ("DiTTransformer2DModel", "UNet2DConditionModel", "FluxTransformer2DModel", "WanTransformer3DModel")
-MODELS = FEW  # all of the corpus: `python -m bench.exports`
 STEPS = 20
 # What a schedule is exported as: by form, the schedule and how its decisions are taken.
 CASES: dict[str, tuple[CacheSchedule, str]] = {
@@ -45,14 +43,8 @@ CASES: dict[str, tuple[CacheSchedule, str]] = {
 
 
 def generation(denoiser: Any, name: str, steps: int = STEPS) -> list[torch.Tensor]:
-    """Inputs that move a little from step to step, so that an adaptive guard has something to see."""
-    outputs = []
-    for step in range(steps):
-        args, kwargs = moving(sample(name).entry, step / steps)
-        with torch.no_grad(), denoiser.cache_context("cond", step_index=step, num_inference_steps=steps):
-            made = torch.utils._pytree.tree_leaves(denoiser(*args, **kwargs))
-        outputs += [value for value in made if isinstance(value, torch.Tensor)]
-    return outputs
+    """All outputs of a generation with an entry of the corpus."""
+    return exports.generation(denoiser, sample(name).entry, steps)
 
 
 def cached(name: str, schedule: CacheSchedule, decide: Any = "host", steps: int | None = STEPS) -> CachedDenoiser:
@@ -67,13 +59,7 @@ def cached(name: str, schedule: CacheSchedule, decide: Any = "host", steps: int 
     )
 
 
-def decisions(denoiser: Any) -> list[tuple[int, tuple[str, ...]]]:
-    return [(d.step, d.reused) for d in denoiser.stats().decisions]
-
-
-@pytest.mark.parametrize(
-    ("name", "form"), [(n, f) for n in MODELS for f in CASES if not (f == "split" and "UNet" in n)]
-)
+@pytest.mark.parametrize(("name", "form"), [(n, f) for n in FEW for f in CASES if not (f == "split" and "UNet" in n)])
 def test_a_generation_in_onnx_runtime(name: str, form: str, tmp_path: Path) -> None:
     schedule, decide = CASES[form]
     denoiser = cached(name, schedule, decide)

@@ -11,14 +11,12 @@ import torch
 from diffcache_fx.export import tensorrt as writer
 from diffcache_fx.export.manifest import read_manifest
 
-from bench.zoo import corpus
 from diffcache_fx import CacheSchedule, Interval, Linear, Rule, Sublayers, compile_with_cache, export, schedules
 from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.errors import BundleError, ExportError
 from diffcache_fx.measure import relative_error
 
 from .conftest import digits_denoiser, sample
-from .test_export_onnx import SWEEP
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx-cu13")
 pytestmark = pytest.mark.usefixtures("shared_capture")
@@ -137,9 +135,9 @@ def test_an_engine_runs(form: str, decide: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["pair", "branch"])
-@pytest.mark.parametrize("name", sorted(corpus()) if SWEEP else ["UNet2DConditionModel"])
-def test_the_corpus(name: str, form: str, tmp_path: Path) -> None:
-    found = sample(name)
+def test_a_unet(form: str, tmp_path: Path) -> None:
+    """All of the corpus: `python -m bench.exports --only tensorrt`."""
+    found = sample("UNet2DConditionModel")
     cached = compile_with_cache(
         found.module,
         schedules.interval(3, forecast=Linear()),
