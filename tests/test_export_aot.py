@@ -19,7 +19,7 @@ from diffcache_fx.measure import psnr, relative_error
 
 from .conftest import digits_denoiser, sample
 from .drawing import SCHEDULES, STEPS, decided_alike, drawn, forced, letters, margins, sampler
-from .test_export_onnx import decisions, generation
+from .test_export_onnx import FEW, decisions, generation
 
 pytestmark = [
     pytest.mark.usefixtures("shared_capture"),
