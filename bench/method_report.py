@@ -16,6 +16,7 @@ from rich.table import Table
 from bench.method_runs import Record, Runs
 from bench.method_settings import EVEN, UNCACHED, Setting, even_grid, known
 from diffcache_fx.measure import Timings
+from diffcache_fx.presets.methods import METHODS
 
 METRICS = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "accuracy": "accuracy, %", "frechet": "Fréchet distance"}
 DRAWN = ("psnr_db", "ssim", "frechet")  # in the picture
@@ -161,7 +162,8 @@ class Report:
         return found
 
     def picture(self, path: Path) -> None:
-        """Quality against speed, a curve for each method, the controls in black, the uncached model as a grey line."""
+        """Quality against speed (measured, else by FLOPs): a curve for each method, a column for each class of methods,
+        the controls in black, the uncached model as a grey line."""
         if not self.curves("frechet", "ideal_speedup"):
             raise SystemExit("nothing to draw: no setting has been scored with these options (--stage quality)")
         try:
@@ -169,17 +171,25 @@ class Report:
             from matplotlib.ticker import LogFormatter
         except ImportError as error:
             raise SystemExit("the picture needs matplotlib: pip install '.[plot]'") from error
-        speeds = {speed: title for speed, title in SPEEDS.items() if self.curves("frechet", speed)}
-        figure = Figure(figsize=(4 + 5.5 * len(speeds), 13), layout="constrained")
-        axes = figure.subplots(len(DRAWN), len(speeds), squeeze=False, sharey="row")
-        styles = _styles({row["method"]: None for row in self.rows if "quality" in row and not row["control"]})
+        speed = next(speed for speed in reversed(SPEEDS) if self.curves("frechet", speed))
+        families: dict[str, list[str]] = {}
+        for row in self.rows:
+            if "quality" in row and not row["control"]:
+                among = families.setdefault(family_of(row["factory"]), [])
+                among += [] if row["method"] in among else [row["method"]]
+        figure = Figure(figsize=(1.5 + 5.5 * len(families), 13), layout="constrained")
+        axes = figure.subplots(len(DRAWN), len(families), squeeze=False, sharex=True, sharey="row")
         for line, metric in zip(axes, DRAWN, strict=True):
-            for axis, (speed, title) in zip(line, speeds.items(), strict=True):
-                curves = self.curves(metric, speed)
-                for method, style in styles.items():
+            curves = self.curves(metric, speed)
+            for axis, (family, methods) in zip(line, families.items(), strict=True):
+                for method, style in _styles(methods).items():
                     _draw(axis, curves.get(method, []), style)
-                axis.set_xlabel(title)
                 axis.grid(alpha=0.25)
+                if metric == DRAWN[0]:
+                    axis.set_title(family)
+                    axis.legend(fontsize=9)
+                if metric == DRAWN[-1]:
+                    axis.set_xlabel(SPEEDS[speed])
                 if metric == "frechet":
                     whole = [row["quality"][metric]["value"] for row in self.rows if row["reference"]]
                     values = [figure["value"] for points in curves.values() for _, figure in points]
@@ -188,13 +198,18 @@ class Report:
                     axis.yaxis.set_major_formatter(LogFormatter())
                     axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
             line[0].set_ylabel(METRICS[metric])
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=11)
         figure.suptitle(self.title, x=0.01, horizontalalignment="left")
         figure.savefig(path, dpi=110)
 
 
+def family_of(factory: str) -> str:
+    """A method's class in the survey's taxonomy, those that adapt together."""
+    family = next(method.family for method in METHODS if method.name == factory)
+    return "adaptive" if "adaptive" in family else family.split(",")[0]
+
+
 def _styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How each curve is drawn, those of the controls first."""
+    """How each curve of a panel is drawn, those of the controls first."""
     from matplotlib import colormaps
 
     colors, markers = colormaps["tab10"].colors, "osD^vPX*"
