@@ -2,8 +2,10 @@
 
 For the demo model and the 28 blocks of `bench.step`, whole generations through each runtime: the uncached export, and
 cached ones in each form, beside torch.compile, in turn in one run. A speed-up is against the uncached export of the
-same runtime; ideal is by executed FLOPs. A cell that was not run says why. Where a GPU is found, everything runs there,
-and TensorRT engines are built and run too. Writes `bench/results/engines.json` and `engines.md`.
+same runtime; ideal is by executed FLOPs. Reuse step: its median seconds over those of an uncached step of the same
+runtime, and in brackets over its share of the FLOPs (1.0: it costs what it computes). A cell that was not run says why.
+Where a GPU is found, everything runs there, and TensorRT engines are built and run too. Writes
+`bench/results/engines.json` and `engines.md`.
 """
 
 from __future__ import annotations
@@ -15,23 +17,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from bench.engine_table import Cell, markdown, plain, table
 from bench.peer_workloads import NAMES, STEPS, Subject, subject
 from diffcache_fx import CachedDenoiser, CacheSchedule, Linear, compile_with_cache, export, schedules
 from diffcache_fx.errors import CacheError
-from diffcache_fx.measure import Ratio, compiled_baseline, executed_flops, interleaved
+from diffcache_fx.measure import compiled_baseline, executed_flops, interleaved
 
 RESULTS = Path(__file__).parent / "results" / "engines.json"
 RUNTIMES = ("torch.compile", "onnxruntime", "aot_inductor", "tensorrt")
-HEADINGS = ("runtime", "schedule", "form", "export, s", "MiB", "s per generation", "speed-up", "ideal", "fidelity")
 UNCACHED = "uncached"
 # By name: the schedule, and the forms it is exported in.
 SCHEDULES: dict[str, tuple[CacheSchedule, tuple[str, ...]]] = {
@@ -39,26 +40,6 @@ SCHEDULES: dict[str, tuple[CacheSchedule, tuple[str, ...]]] = {
     "interval 3, linear": (schedules.interval(3, forecast=Linear()), ("pair", "branch")),
     "first block, 0.1": (schedules.first_block_cache(0.1), ("split", "branch")),
 }
-
-
-@dataclass
-class Cell:
-    """One schedule in one form through one runtime. reason: why it was not run; empty if it was."""
-
-    runtime: str
-    schedule: str
-    form: str
-    reason: str = ""
-    export_s: float | None = None
-    bytes: int | None = None
-    latency_s: float | None = None
-    speedup: Ratio | None = None
-    ideal: float | None = None
-    fidelity: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        return f"{self.runtime} | {self.schedule} | {self.form}"
 
 
 class Bench:
@@ -131,13 +112,40 @@ class Bench:
         functions = {key: generation(key) for key in self.run}
         found = interleaved(functions, rounds=rounds, warmup=1, progress=lambda name, _: tick(name))
         reference = outputs[f"torch.compile | {UNCACHED} | "]
+        steps = {key: self._steps(key, rounds) for key in self.run}
         for key in self.run:
             cell = self.cells[key]
             base = f"{cell.runtime} | {UNCACHED} | {'' if cell.runtime == 'torch.compile' else 'pair'}"
+            if base in steps and steps[key][True]:
+                cell.reuse_cost = median(steps[key][True]) / median(steps[base][False])
+                cell.reuse_flops = self._reuse_share(key)
             cell.latency_s = found.median(key)
             cell.speedup = found.ratio(base, key) if base in self.run else None
             cell.fidelity = self.work.fidelity(outputs[key], reference)
             cell.ideal = self._ideal(key)
+
+    def _steps(self, key: str, rounds: int) -> dict[bool, list[float]]:
+        """Seconds of single steps of a few more generations, apart from those timed as a whole; True: reused."""
+        denoiser, found = self.run[key], {True: [], False: []}  # type: dict[bool, list[float]]
+        for turn in range(min(rounds, 3)):
+            clock = _Clock(denoiser, self.device)
+            self.work.generate(clock, turn)
+            stats = getattr(denoiser, "stats", None)
+            reused = [bool(d.reused) for d in stats().decisions] if stats else [False] * len(clock.seconds)
+            for kind, seconds in zip(reused, clock.seconds, strict=True):
+                found[kind].append(seconds)
+            if stats:
+                denoiser.reset()  # type: ignore[attr-defined]
+        return found
+
+    def _reuse_share(self, key: str) -> float:
+        """FLOPs of a reuse step, as a share of a full one."""
+        denoiser: Any = self.run[key]
+        if isinstance(denoiser, CachedDenoiser):
+            found = denoiser.explain()
+            return min(flops for _, flops in found.programs) / found.full_flops
+        every = frozenset(region.name for region in denoiser.manifest.regions)
+        return denoiser.flops(every) / denoiser.full_flops
 
     def _ideal(self, key: str) -> float:
         """By the decisions of the last generation."""
@@ -151,36 +159,24 @@ class Bench:
         return denoiser.full_flops * len(done) / sum(denoiser.flops(reused) for reused in done)
 
 
-def table(title: str, cells: list[Cell]) -> Table:
-    """For the terminal."""
-    made = Table(title=title, title_justify="left")
-    for heading in HEADINGS:
-        made.add_column(heading)
-    for cell in cells:
-        made.add_row(*_texts(cell))
-    return made
+class _Clock:
+    """A denoiser whose calls are timed one by one."""
 
+    def __init__(self, denoiser: Any, device: str) -> None:
+        self._denoiser, self._device = denoiser, device
+        self.seconds: list[float] = []
 
-def _texts(cell: Cell) -> list[str]:
-    head = [cell.runtime, cell.schedule, cell.form or "-"]
-    if cell.reason:
-        return [*head, "", "", f"not run: {cell.reason}", "", "", ""]
-    fidelity = ", ".join(f"{name} {value:.4g}" for name, value in cell.fidelity.items()) or "-"
-    return [
-        *head,
-        f"{cell.export_s:.1f}" if cell.export_s is not None else "-",
-        f"{cell.bytes / (1 << 20):.1f}" if cell.bytes is not None else "-",
-        f"{cell.latency_s:.3f}" if cell.latency_s is not None else "-",
-        str(cell.speedup) if cell.speedup is not None else "-",
-        f"{cell.ideal:.2f}" if cell.ideal is not None else "-",
-        fidelity,
-    ]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        wait = torch.cuda.synchronize if self._device != "cpu" else lambda: None
+        wait()
+        start = time.perf_counter()
+        result = self._denoiser(*args, **kwargs)
+        wait()
+        self.seconds.append(time.perf_counter() - start)
+        return result
 
-
-def markdown(title: str, cells: list[Cell]) -> str:
-    """For the file."""
-    lines = [f"## {title}\n", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    return "\n".join([*lines, *("| " + " | ".join(_texts(cell)) + " |" for cell in cells)]) + "\n"
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
 
 
 def main() -> None:
@@ -211,7 +207,7 @@ def main() -> None:
         title = f"{name}: {steps} steps on {options.device}, {options.rounds} generations each"
         console.print(table(title, cells))
         sheets.append(markdown(title, cells))
-        record["models"][name] = {"steps": steps, "cells": [_plain(cell) for cell in cells]}
+        record["models"][name] = {"steps": steps, "cells": [plain(cell) for cell in cells]}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
         options.out.with_suffix(".md").write_text("\n".join(sheets))
 
@@ -234,11 +230,6 @@ def cells_of(name: str, steps: int, device: str, runtimes: list[str], rounds: in
         bench.prepare(ticking(progress.add_task(f"{name}: export", total=count)))
         bench.measure(rounds, ticking(progress.add_task(f"{name}: generate", total=rounds * len(bench.run))))
     return list(bench.cells.values())
-
-
-def _plain(cell: Cell) -> dict[str, Any]:
-    found = {**vars(cell), "speedup": vars(cell.speedup) if cell.speedup else None}
-    return {name: value for name, value in found.items() if value not in (None, "", {})} | {"run": not cell.reason}
 
 
 if __name__ == "__main__":
