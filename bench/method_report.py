@@ -19,8 +19,9 @@ from diffcache_fx.measure import Timings
 from diffcache_fx.presets.methods import METHODS
 
 METRICS = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "accuracy": "accuracy, %", "frechet": "Fréchet distance"}
-DRAWN = ("psnr_db", "ssim", "frechet")  # in the picture
 SPEEDS = {"ideal_speedup": "speed-up by executed FLOPs", "speedup": "measured speed-up"}
+# In the picture, from top to bottom.
+DRAWN = (("psnr_db", "ideal_speedup"), ("psnr_db", "speedup"), ("ssim", "ideal_speedup"), ("frechet", "ideal_speedup"))
 HEADINGS = ["setting", "FLOPs, %", "ideal", "measured", *METRICS.values()]
 NOTES = """Brackets: 95 % bootstrap intervals. FLOPs: executed, of the uncached model's. Ideal: the speed-up these alone
 would give. Measured: ratio of median seconds to the uncached compiled model, generations in turn in one run. PSNR and
@@ -162,8 +163,8 @@ class Report:
         return found
 
     def picture(self, path: Path) -> None:
-        """Quality against speed (measured, else by FLOPs): a curve for each method, a column for each class of methods,
-        the controls in black, the uncached model as a grey line."""
+        """Quality against speed, by FLOPs and, where there are timings, measured: a curve for each method, a column for
+        each class of methods, the controls in black, the uncached model as a grey line."""
         if not self.curves("frechet", "ideal_speedup"):
             raise SystemExit("nothing to draw: no setting has been scored with these options (--stage quality)")
         try:
@@ -171,25 +172,24 @@ class Report:
             from matplotlib.ticker import LogFormatter
         except ImportError as error:
             raise SystemExit("the picture needs matplotlib: pip install '.[plot]'") from error
-        speed = next(speed for speed in reversed(SPEEDS) if self.curves("frechet", speed))
+        panels = [(metric, speed) for metric, speed in DRAWN if self.curves(metric, speed)]
         families: dict[str, list[str]] = {}
         for row in self.rows:
             if "quality" in row and not row["control"]:
                 among = families.setdefault(family_of(row["factory"]), [])
                 among += [] if row["method"] in among else [row["method"]]
-        figure = Figure(figsize=(1.5 + 5.5 * len(families), 13), layout="constrained")
-        axes = figure.subplots(len(DRAWN), len(families), squeeze=False, sharex=True, sharey="row")
-        for line, metric in zip(axes, DRAWN, strict=True):
+        figure = Figure(figsize=(1.5 + 5.5 * len(families), 4.3 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), len(families), squeeze=False, sharex="row", sharey="row")
+        for line, (metric, speed) in zip(axes, panels, strict=True):
             curves = self.curves(metric, speed)
             for axis, (family, methods) in zip(line, families.items(), strict=True):
                 for method, style in _styles(methods).items():
                     _draw(axis, curves.get(method, []), style)
                 axis.grid(alpha=0.25)
-                if metric == DRAWN[0]:
+                axis.set_xlabel(SPEEDS[speed])
+                if axis in axes[0]:
                     axis.set_title(family)
-                    axis.legend(fontsize=9)
-                if metric == DRAWN[-1]:
-                    axis.set_xlabel(SPEEDS[speed])
+                    axis.legend(fontsize=8)
                 if metric == "frechet":
                     whole = [row["quality"][metric]["value"] for row in self.rows if row["reference"]]
                     values = [figure["value"] for points in curves.values() for _, figure in points]
