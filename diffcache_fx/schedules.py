@@ -8,6 +8,7 @@ schedules.list()
 from __future__ import annotations
 
 import builtins
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def get(name: str, **options: Any) -> CacheSchedule:
     """A schedule by its factory's name; options are the factory's own."""
     if name not in _FACTORIES:
         raise ScheduleError(f"no schedule is called {name!r}{nearest(name, _FACTORIES)}")
+    wanted = inspect.signature(_FACTORIES[name]).parameters.values()
+    missing = [p.name for p in wanted if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in options]
+    if missing:
+        raise ScheduleError(
+            f"schedules.{name} has no default for {', '.join(missing)}, which is measured or planned for one model: "
+            f"give it, as in schedules.{name}({', '.join(f'{option}=...' for option in missing)})"
+        )
     try:
         return _FACTORIES[name](**options)
     except TypeError as error:

@@ -370,3 +370,10 @@ def test_a_call_that_fails_inside_a_context_restarts_that_one_only() -> None:
             with cached.cache_context(name):
                 got = cached(*at(3))
             assert torch.equal(got, NET(*at(3))) == (name == "uncond")
+
+
+@pytest.mark.parametrize(("name", "option"), [("block_cache", "bits"), ("l2p", "rows"), ("mask", "bits")])
+def test_what_has_no_default(name: str, option: str) -> None:
+    with pytest.raises(ScheduleError) as error:
+        schedules.get(name)
+    says(error, f"schedules.{name} has no default for {option}", f"({option}=...)")
