@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from diffcache_fx import Linear
 from diffcache_fx.program import CutValue, Region
+from diffcache_fx.sizes import Sizes
 from diffcache_fx.state import CacheState, RegionHistory
 
 
@@ -71,12 +72,19 @@ def test_missing_regions_and_zeros() -> None:
     assert state.missing() == {"a", "b"}
     state.histories["a"].refresh(values(1.0), 1.0)
     assert state.missing() == {"b"}
-    zeros = state.zeros("b")
+    zeros = state.zeros("b", Sizes({}))
     assert [t.shape for slots in zeros for t in slots] == [(2,), (2,), (3,)]
     assert all(not t.any() for slots in zeros for t in slots)
     assert state.missing() == {"b"}  # zeros are no refreshed values
-    assert state.zeros("b")[0][0] is zeros[0][0]
+    assert state.zeros("b", Sizes({}))[0][0] is zeros[0][0]
     assert state.nbytes == state.histories["a"].nbytes + state.histories["b"].nbytes > 0
+
+
+def test_zeros_are_of_the_sizes_of_the_call() -> None:
+    value = CutValue("n", ("s0", 3, "s0*(s1//2)"), torch.float32, torch.device("cpu"), slots=1)  # type: ignore[arg-type]
+    state = CacheState([Region("r", frozenset({"n"}), (value,))])
+    ((zeros,),) = state.zeros("r", Sizes({"s0": 4, "s1": 5}))
+    assert zeros.shape == (4, 3, 8)
 
 
 def test_bytes_of_a_region_count_all_slots() -> None:
