@@ -210,3 +210,9 @@ def markdown(title: str, rows: list[Row]) -> str:
 def plain(row: Row) -> dict[str, Any]:
     """A row as JSON data."""
     return asdict(row)
+
+
+def loaded(data: Mapping[str, Any]) -> Row:
+    """A row from what `plain` made of it."""
+    ratios = {name: Ratio(**data[name]) for name in ("speedup", "share", "to_ours") if data[name] is not None}
+    return Row(**{**data, **ratios})

@@ -4,7 +4,8 @@ The demo model and a 28-block model, through the uncached model, the caching hoo
 library, each eager and under torch.compile, generation after generation in turn. Peers are optional: `pip install
 'diffcache_fx[peers]'`. A peer that is missing or fails has a row that says why. Writes `bench/results/peers.json` and
 `peers.md`. About an hour on two cores, and 18 GB of memory for the 28 blocks, since every contender is a process of its
-own: --model, --steps, --rounds and --only make it smaller.
+own: --model, --steps, --rounds and --only make it smaller. What another run with the same versions, threads and rounds
+wrote of the other model stays.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffcache_fx.measure import Timings, interleaved
 
 from .peer_contenders import MODES, Contender, NotRun, Plan, Uncached
-from .peer_table import NOTES, Row, described, label, left_out, markdown, plain, terminal, timed
+from .peer_table import NOTES, Row, described, label, left_out, loaded, markdown, plain, terminal, timed
 from .peer_worker import CONTENDERS, serve
 from .peer_workloads import NAMES, STEPS, subject
 
@@ -179,6 +180,23 @@ def versions() -> dict[str, str]:
     return found
 
 
+def kept(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds of each model, if it was measured under the same conditions."""
+    if not path.exists():
+        return {}
+    known: dict[str, Any] = json.loads(path.read_text())
+    same = all(known.get(name) == value for name, value in record.items())
+    return known["models"] if same else {}
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """The JSON, and beside it the tables of all models in it."""
+    record["models"] = {name: record["models"][name] for name in NAMES if name in record["models"]}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    tables = [markdown(model["title"], [loaded(row) for row in model["rows"]]) for model in record["models"].values()]
+    path.with_suffix(".md").write_text("\n".join(["# Peers\n", NOTES, *tables]))
+
+
 def main() -> None:
     """Measure, print and write; exit 1 if a contender that ran decided otherwise than the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,11 +221,11 @@ def main() -> None:
         "allocator": ALLOCATOR,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "rounds": options.rounds,
-        "models": {},
     }
+    record["models"] = kept(options.out, record)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(width=None if sys.stdout.isatty() else 220)
-    sheets, equal = ["# Peers\n", NOTES], True
+    equal = True
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for model in NAMES if options.model == "both" else (options.model,):
         plan = Plan(options.steps or STEPS[model], options.every, options.warm_up)
@@ -215,13 +233,13 @@ def main() -> None:
             rows = Bench(model, plan, names, options.rounds, options.limit, progress).run(Path(folder))
         title = f"{model}: {plan.steps} steps, {sum(plan.bits)} refreshes, {options.rounds} generations each"
         console.print(terminal(title, rows))
-        sheets.append(markdown(title, rows))
         equal &= all(row.decisions_equal for row in rows)
         plan_facts = {"steps": plan.steps, "every": plan.every, "warm_up": plan.warm_up, "bits": plan.bits}
-        record["models"][model] = {"plan": plan_facts, "rows": [plain(row) for row in rows]}
-        record["seconds"] = round(time.time() - begin, 1)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text("\n".join(sheets))
+        seconds = round(time.time() - begin, 1)
+        found = {"title": title, "plan": plan_facts, "seconds": seconds, "rows": [plain(row) for row in rows]}
+        begin = time.time()
+        record["models"] = {**record["models"], model: found}
+        write(options.out, record)
     sys.exit(not equal)
 
 

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,11 @@ from bench.peer_ours import (
     OursTaylorSeer,
     OursTrunk,
 )
-from bench.peer_table import Row, described, left_out, markdown, plain, terminal, timed
+from bench.peer_table import Row, described, left_out, loaded, markdown, plain, terminal, timed
 from bench.peer_worker import Stepping, prepare
 from bench.peer_workloads import Subject
-from diffcache_fx.measure import Timings, relative_error
+from bench.peers import kept, write
+from diffcache_fx.measure import Ratio, Timings, relative_error
 
 PLAN = Plan(9)
 needs_cache_dit = pytest.mark.skipif(
@@ -213,3 +215,21 @@ def test_other_decisions_are_marked(work: Subject) -> None:
     assert not row.decisions_equal
     assert f"{PLAN.steps} ≠" in markdown("tiny", [row])
     assert "≠" not in markdown("tiny", [replace(row, decisions_equal=True)])
+
+
+def test_the_other_model_of_an_earlier_run_stays(tmp_path: Path) -> None:
+    ratio = Ratio(2.0, 1.9, 2.1)
+    rows = [Row("a", "b", "c", "eager", seconds=1.0, speedup=ratio, share=ratio), left_out(Uncached, "eager", "gone")]
+    made_with = {"versions": {"torch": "2"}, "rounds": 3}
+    path = tmp_path / "peers.json"
+    assert kept(path, made_with) == {}
+    write(path, {**made_with, "models": {"digits": {"title": "the digits", "rows": [plain(row) for row in rows]}}})
+    known = kept(path, made_with)
+    assert [loaded(row) for row in known["digits"]["rows"]] == rows
+    assert kept(path, {**made_with, "rounds": 5}) == {}
+    blocks = {"title": "the blocks", "rows": [plain(rows[1])]}
+    write(path, {**made_with, "models": {"blocks28": blocks, **known}})
+    assert list(json.loads(path.read_text())["models"]) == ["digits", "blocks28"]
+    sheet = path.with_suffix(".md").read_text()
+    assert sheet.index("the digits") < sheet.index("the blocks")
+    assert "not run: gone" in sheet
