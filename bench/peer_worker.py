@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -168,10 +169,15 @@ def _compiled(contender: Contender, work: Subject, start: float) -> Facts:
         "first_s": seconds,
         "compilations": first.compilations,
         "graph_breaks": first.graph_breaks + second.graph_breaks,
-        "break_reasons": [" ".join(str(reason).split())[:240] for reason in first.reasons],
+        "break_reasons": [_told(reason) for reason in first.reasons],
         "recompiles": second.compilations,
         "limit_hit": limit.hit,
     }
+
+
+def _told(reason: object) -> str:
+    """Why a graph broke, in short, without the folders of this machine."""
+    return re.sub(r"/(?:[\w.+-]+/)+", "", " ".join(str(reason).split()))[:240]
 
 
 def serve(connection: Connection, model: str, name: str, plan: Plan, log: str) -> None:

@@ -60,11 +60,12 @@ def open_model(
     runtime = _module()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    given = dict(session_options or {})
     # A generation alternates between sessions: threads that wait for work busily would take it from the next session.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    given.setdefault("session.force_spinning_stop", "1")
     if device.type == "cpu":
         options.intra_op_num_threads = torch.get_num_threads()
-    for name, value in (session_options or {}).items():
+    for name, value in given.items():
         if "." in name:
             options.add_session_config_entry(name, str(value))
             continue
