@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffcache_fx.passes.expand_einsum import ExpandEinsum
+from diffcache_fx.passes.decompose import Decompose
+from torch.export import ExportedProgram
 
-from diffcache_fx.errors import ExportError
+from diffcache_fx.errors import ExportError, VerificationError
 from diffcache_fx.program import StepProgram
 
 from .exported_program import to_exported
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 LARGEST = 1_900_000_000
 # The first operator set with convolutions and normalisations in bfloat16.
 _OPSET_BFLOAT16 = 22
+# ONNX's Einsum takes no bfloat16; these are the operators that PyTorch itself runs.
+_EINSUM = {torch.ops.aten.einsum.default: lambda equation, tensors, path=None: torch.einsum(equation, tensors)}
 # Most elements of a constant that is folded.
 _FOLDED = 256
 
@@ -36,11 +39,11 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], he
     """
     opset = None
     if _bfloat16(program):
-        program, opset = ExpandEinsum()(program), _OPSET_BFLOAT16
+        program, opset = Decompose(_EINSUM)(program), _OPSET_BFLOAT16
     try:
         with _quiet():
             exported = torch.onnx.export(
-                to_exported(program, parameters, held=held),
+                _exported(program, parameters, held),
                 dynamo=True,
                 verbose=False,
                 optimize=False,
@@ -63,6 +66,22 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], he
     return model
 
 
+def _exported(program: StepProgram, parameters: Callable[[str], torch.Tensor], held: bool) -> ExportedProgram:
+    """As ONNX's exporter takes it. It begins by having everything decomposed that it has no translation for, for which
+    PyTorch traces the program, and the branches of a conditional several times: most of the time an export takes."""
+    exported = to_exported(program, parameters, held=held)
+
+    def decomposed(table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
+        try:
+            return to_exported(Decompose(table)(program), parameters, held=held)
+        except VerificationError:  # a rule that only PyTorch can make functional
+            return to_exported(program, parameters, held=held).run_decompositions(table)
+
+    if not exported.range_constraints:
+        exported.run_decompositions = decomposed  # type: ignore[method-assign, assignment]
+    return exported
+
+
 def _bfloat16(program: StepProgram) -> bool:
     values = (node.meta.get("val") for node in program.graph.nodes)
     return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
@@ -70,13 +89,29 @@ def _bfloat16(program: StepProgram) -> bool:
 
 def _fold(model: Any) -> None:
     """Fold constants, but no weights: a transposed copy of one would be held beside the shared file."""
+    from onnx_ir.passes import Sequential, common
     from onnxscript import optimizer
 
     def wanted(node: Any) -> bool | None:
         held = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
         return False if any(tensor.size > _FOLDED for tensor in held) else None
 
-    optimizer.optimize_ir(model, input_size_limit=_FOLDED, output_size_limit=_FOLDED, should_fold=wanted)
+    # Not onnxscript's rewrite rules: they take as long as the export itself, and runtimes have their own.
+    common.InlinePass()(model)
+    optimizer.fold_constants_ir(
+        model, onnx_shape_inference=True, input_size_limit=_FOLDED, output_size_limit=_FOLDED, should_fold=wanted
+    )
+    Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
 
 
 @contextlib.contextmanager

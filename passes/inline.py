@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from diffcache_fx.errors import VerificationError
 
+from .aliasing import is_view
 from .emit import fake_mode_of
-from .purity import eliminate_dead
+from .purity import eliminate_dead, mutates
 
 
 def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[str, fx.Node] | list[fx.Node]) -> Any:
@@ -22,7 +23,8 @@ def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[st
     of tensors.
 
     arguments: dictionaries or lists of nodes, given to the function as the same containers of tensors. The function may
-    branch on Python values only, and must make no tensors of constants.
+    branch on Python values only, and must make no tensors of constants. It may write in place to what it made
+    itself and shows nowhere else; the operator that makes a new tensor is taken then. Raises VerificationError.
     """
     leaves, spec = pytree.tree_flatten(list(arguments))
     shape: list[pytree.TreeSpec] = []
@@ -37,6 +39,7 @@ def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[st
 
     with fake_mode_of(graph), torch.no_grad():
         traced = make_fx(flat, tracing_mode="real")(*(node.meta["val"] for node in leaves))
+    _write_nowhere(traced.graph)
     eliminate_dead(traced.graph)
     memo: dict[fx.Node, fx.Node] = {}
     supply = iter(leaves)
@@ -53,3 +56,17 @@ def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[st
     given = iter(result)
     values = [next(given) if isinstance(value, torch.Tensor) else value for value in plain[-1]]
     return pytree.tree_unflatten(values, shape[-1])
+
+
+def _write_nowhere(graph: fx.Graph) -> None:
+    """PyTorch's own composite operators add in place; `torch.func.functionalize` does not see it."""
+    for node in graph.nodes:
+        if node.op != "call_function" or not mutates(node):
+            continue
+        name, written = node.target.overloadpacket.__name__, node.args[0]
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
+        twin = getattr(packet, node.target._overloadname, None)
+        seen = [user for user in written.users if user is not node and (is_view(user) or user > node)]
+        if twin is None or seen or written.op != "call_function" or is_view(written):
+            raise VerificationError(f"{node.target} writes to a tensor that is seen elsewhere")
+        node.target = twin
