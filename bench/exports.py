@@ -1,9 +1,10 @@
 """What can leave Python: `python -m bench.exports [NAMES...] [--only ARTEFACT...] [--fresh]`.
 
-Every entry of the corpus with tiny random weights, as ONNX, AOTInductor and TensorRT bundles in each form. ONNX and
-AOTInductor are run over a generation of 20 steps and compared with the denoiser they were exported from, in eager;
-TensorRT engines are built, and run where a GPU is. Writes `bench/results/exports.json` (finished rows are kept unless
-named or --fresh) and `exports.md`.
+The demo model, the 28 blocks of `bench.step`, and every entry of the corpus with tiny random weights, as ONNX,
+AOTInductor and TensorRT bundles in each form. ONNX and AOTInductor are run over a generation of 20 steps and compared
+with the denoiser they were exported from, in eager; TensorRT engines are built, and run where a GPU is. The first two
+are also exported uncached, to compare sizes. Writes `bench/results/exports.json` (finished rows are kept unless named
+or --fresh) and `exports.md`; `--report` only writes the table anew.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from diffcache_fx.export.manifest import read_manifest
 from rich.console import Console
 from torch.utils._pytree import tree_leaves
 
+from bench.export_table import ARTEFACTS, FORMS, UNCACHED, cell, markdown, summary
 from bench.rows import Row, brief, rows_of, work
 from bench.zoo import Entry, corpus
-from bench.zoo.entry import moving
+from bench.zoo.entry import Call, Draw, moving
+from bench.zoo.published import block_28
 from diffcache_fx import CachedDenoiser, Linear, RegionError, ScheduleError, compile_with_cache, export, schedules
+from diffcache_fx.demo.digits import load_digits
+from diffcache_fx.demo.run import Digits
 from diffcache_fx.measure import relative_error
 
 RESULTS = Path(__file__).parent / "results" / "exports.json"
@@ -37,7 +42,8 @@ WRITERS: dict[str, Callable[..., Path]] = {
     "aot_inductor": export.to_aot_inductor,
     "tensorrt": export.to_tensorrt,
 }
-FORMS = ("pair", "branch", "split")
+# Exported uncached, too.
+SIZED = ("digits", "blocks28")
 # AOTInductor compiles for minutes: these entries, unless others are named.
 AOT = (
     "AuraFlowTransformer2DModel",
@@ -50,7 +56,29 @@ AOT = (
     "SanaTransformer2DModel",
     "UNet2DConditionModel",
     "WanTransformer3DModel",
+    *SIZED,
 )
+
+
+def entries() -> dict[str, Entry]:
+    """By name."""
+    return {"digits": _digits(), "blocks28": block_28(), **corpus()}
+
+
+def _digits() -> Entry:
+    """The trained demo, on ten classes with guidance."""
+    demo = load_digits()
+
+    def inputs(seed: int) -> Call:
+        (latents, *rest), kwargs = Digits(demo, STEPS).example
+        return (Draw(seed)(*latents.shape), *rest), kwargs
+
+    return Entry("digits", "trained", lambda: demo.model, inputs, 0, "timestep")
+
+
+def forms_of(name: str) -> tuple[str, ...]:
+    """The forms an entry is exported in."""
+    return (UNCACHED, *FORMS) if name in SIZED else FORMS
 
 
 def generation(denoiser: Any, entry: Entry, steps: int = STEPS) -> list[torch.Tensor]:
@@ -70,7 +98,9 @@ def decisions(denoiser: Any) -> list[tuple[int, tuple[str, ...]]]:
 
 
 def _denoiser(entry: Entry, form: str) -> CachedDenoiser:
-    schedule = schedules.first_block_cache(0.1) if form == "split" else schedules.interval(3, forecast=Linear())
+    schedule = schedules.always() if form == UNCACHED else schedules.interval(3, forecast=Linear())
+    if form == "split":
+        schedule = schedules.first_block_cache(0.1)
     return compile_with_cache(
         entry.build(),
         schedule,
@@ -83,9 +113,9 @@ def _denoiser(entry: Entry, form: str) -> CachedDenoiser:
 
 def measure(name: str, artefacts: Sequence[str]) -> Row:
     """Every form of one entry through these artefacts."""
-    entry = corpus()[name]
+    entry = entries()[name]
     row: Row = {"name": name, "family": entry.family}
-    for form in FORMS:
+    for form in forms_of(name):
         found: Row = {}
         row[form] = found
         try:
@@ -110,7 +140,7 @@ def _exported(
     denoiser: CachedDenoiser, entry: Entry, artefact: str, form: str, expected: list[torch.Tensor], taken: Any
 ) -> Row:
     with tempfile.TemporaryDirectory(prefix="exports") as place:
-        folder = WRITERS[artefact](denoiser, Path(place) / "bundle", form)
+        folder = WRITERS[artefact](denoiser, Path(place) / "bundle", "pair" if form == UNCACHED else form)
         manifest = read_manifest(folder)
         found: Row = {
             "files": {name: file.bytes for name, file in manifest.files.items()},
@@ -125,60 +155,14 @@ def _exported(
         return found | {"executed": where, "error": error, "same_decisions": decisions(loaded) == taken}
 
 
-def _cell(row: Row, artefact: str, form: str) -> str:
-    if "failure" in row:
-        return f"failed: {row['failure']}"
-    known = row.get(form, {})
-    if "not_applicable" in known:
-        return "does not apply"
-    found = known.get(artefact)
-    if found is None:
-        return "not run"
-    if "failure" in found:
-        return f"failed: {found['failure']}"
-    if not found["executed"]:
-        return "built"
-    told = f"built, run on {found['executed']}: {found['error']:.0e}"
-    return told if found["same_decisions"] else f"{told}, other decisions"
-
-
-def good(row: Row, artefact: str, form: str, most: float = 1e-4) -> bool:
-    """Whether a cell was built, holds the conditionals it should, and computes the same where it was run."""
-    known = row.get(form, {})
-    found = known.get(artefact, {})
-    if not found or "failure" in found or found["conditionals"] != (known["conditionals"] if form == "branch" else 0):
-        return False
-    return not found["executed"] or (found["error"] < most and found["same_decisions"])
-
-
-def markdown(known: dict[str, Row]) -> str:
-    """The table, and how many of how many are good."""
-    heads = [(artefact, form) for artefact in WRITERS for form in FORMS]
-    lines = ["| model | " + " | ".join(f"{a} {f}" for a, f in heads) + " |", "|" + "---|" * (len(heads) + 1)]
-    for row in known.values():
-        cells = [_cell(row, artefact, form).replace("|", "/") for artefact, form in heads]
-        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
-    return "\n".join(["# Exports", "", summary(known), "", *lines, ""])
-
-
-def summary(known: dict[str, Row]) -> str:
-    """For each artefact and form: how many entries are good, of those it was tried on."""
-    lines = []
-    for artefact in WRITERS:
-        for form in FORMS:
-            tried = [row for row in known.values() if artefact in row.get(form, {})]
-            lines.append(f"- {artefact} {form}: {sum(good(row, artefact, form) for row in tried)} of {len(tried)}")
-    failed = [row["name"] for row in known.values() if "failure" in row]
-    return "\n".join([*lines, *([f"- no row: {', '.join(failed)}"] if failed else [])])
-
-
 def main() -> None:
     """Measure what is named, or everything that has no row yet, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="entries of the corpus")
-    parser.add_argument("--only", nargs="+", choices=tuple(WRITERS), default=list(WRITERS), help="artefacts")
+    parser.add_argument("--only", nargs="+", choices=ARTEFACTS, default=list(ARTEFACTS), help="artefacts")
     parser.add_argument("--fresh", action="store_true", help="drop the rows measured before")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the table of what is known")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -189,15 +173,17 @@ def main() -> None:
     known: dict[str, Row] = {}
     if options.out.exists() and not options.fresh:
         known = json.loads(options.out.read_text())
-    for artefact in options.only:  # one at a time: what is slow or fails keeps nothing else from being seen
-        every = [name for name in corpus() if artefact != "aot_inductor" or name in AOT]
+    for artefact in (
+        () if options.report else options.only
+    ):  # one at a time: what is slow or fails keeps nothing else from being seen
+        every = [name for name in entries() if artefact != "aot_inductor" or name in AOT]
         wanted = options.names or [name for name in every if not _tried(known.get(name, {}), artefact)]
         for row in rows_of(_MODULE, wanted, lambda _: _BATCH, [artefact]):
             _merge(known.setdefault(row["name"], {"name": row["name"]}), row, artefact)
-            options.out.write_text(json.dumps({n: known[n] for n in corpus() if n in known}, indent=1) + "\n")
-            told = "; ".join(f"{form}: {_cell(known[row['name']], artefact, form)}" for form in FORMS)
+            options.out.write_text(json.dumps({n: known[n] for n in entries() if n in known}, indent=1) + "\n")
+            told = "; ".join(f"{form}: {cell(known[row['name']], artefact, form)}" for form in FORMS)
             print(f"{row['name']}, {artefact}: {told}", file=sys.stderr, flush=True)
-    known = {name: known[name] for name in corpus() if name in known}
+    known = {name: known[name] for name in entries() if name in known}
     options.out.with_suffix(".md").write_text(markdown(known))
     Console().print(summary(known), highlight=False)
 
@@ -213,7 +199,7 @@ def _merge(known: Row, row: Row, artefact: str) -> None:
             known.setdefault(form, {})[artefact] = {"failure": row["failure"]}
         return
     known["family"] = row["family"]
-    for form in FORMS:
+    for form in forms_of(row["name"]):
         known[form] = {**known.get(form, {}), **row[form]}
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from bench.readme import README, with_table
+from bench.readme import README, with_tables
 from diffcache_fx import CacheError, CacheSchedule, Interval, Linear, Mask, ScheduleError, Sublayers, schedules
 from diffcache_fx.arguments import parse_schedule
 from diffcache_fx.cli import app
@@ -80,7 +80,7 @@ def test_schedules_lists_every_factory() -> None:
 def test_the_readme_lists_every_method() -> None:
     """Run `python -m bench.readme` where this fails."""
     text = README.read_text()
-    assert with_table(text) == text
+    assert with_tables(text) == text
     for name in schedules.list():
         assert f"| `{name}` |" in text
 
