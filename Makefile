@@ -41,6 +41,7 @@ methods: $(TEST_STAMP) ## every method on the demo model, quality against speed;
 
 engines: $(TEST_STAMP) ## exported engines against uncached ones, in each runtime that is here
 	$(BIN)/python -m bench.engines
+	$(BIN)/python -m bench.full_size
 
 install: $(TEST_STAMP) ## the library, editable, with what the tests need
 

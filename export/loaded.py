@@ -203,6 +203,17 @@ class BundleDenoiser(Generations, nn.Module):
             raise CallError("a bundle is for inference: train the original model")
         return self
 
+    def to(self, *args: Any, **kwargs: Any) -> BundleDenoiser:
+        """Stays where and what it is: raises CallError where another device or dtype is asked for."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type != self.device.type:
+            raise CallError(
+                f"a bundle does not move from {self.device} to {device}: load_bundle(folder, device={str(device)!r})"
+            )
+        if dtype is not None and dtype != self.dtype:
+            raise CallError(f"a bundle of {self.dtype} programs cannot become {dtype}: export the model in that dtype")
+        return self
+
     def extra_repr(self) -> str:
         return f"{self.manifest.model}, schedule={self.schedule.name!r}, {self.manifest.artefact} {self.manifest.form}"
 

@@ -256,6 +256,16 @@ def test_calls_that_do_not_fit(made: Path, change: dict[str, Any], words: str) -
         run(export.load_bundle(made), 1, **change)
 
 
+def test_a_bundle_stays_where_it_was_loaded(made: Path) -> None:
+    loaded = export.load_bundle(made)
+    assert loaded.to("cpu") is loaded
+    assert loaded.to(device="cpu", dtype=torch.float32) is loaded
+    with pytest.raises(CallError, match=r"does not move from cpu to cuda: load_bundle\(folder, device='cuda'\)"):
+        loaded.to("cuda")
+    with pytest.raises(CallError, match="export the model in that dtype"):
+        loaded.to(torch.float16)
+
+
 def test_an_argument_is_missing(made: Path) -> None:
     with pytest.raises(CallError, match="the argument 'hidden_states' is missing"):
         export.load_bundle(made)(**sample(MODEL).kwargs)
