@@ -9,6 +9,8 @@ from bench.rows import Row
 ARTEFACTS = ("onnx", "aot_inductor", "tensorrt")
 FORMS = ("pair", "branch", "split")
 UNCACHED = "uncached"
+# Largest relative error against eager over a generation, in float32.
+LARGEST_ERROR = 1e-4
 
 
 def cell(row: Row, artefact: str, form: str) -> str:
@@ -25,10 +27,12 @@ def cell(row: Row, artefact: str, form: str) -> str:
     if not found["executed"]:
         return "built"
     told = f"built, run on {found['executed']}: {found['error']:.0e}"
+    if "rounding" in found:
+        told += f" (eager itself against float64: {found['rounding']:.0e})"
     return told if found["same_decisions"] else f"{told}, other decisions"
 
 
-def good(row: Row, artefact: str, form: str, most: float = 1e-4) -> bool:
+def good(row: Row, artefact: str, form: str, most: float = LARGEST_ERROR) -> bool:
     """Whether a cell was built, holds the conditionals it should, and computes the same where it was run."""
     known = row.get(form, {})
     found = known.get(artefact, {})

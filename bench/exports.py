@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from diffcache_fx.export.manifest import read_manifest
 from rich.console import Console
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from bench.export_table import ARTEFACTS, FORMS, UNCACHED, cell, markdown, summary
+from bench.export_table import ARTEFACTS, FORMS, LARGEST_ERROR, UNCACHED, cell, markdown, summary
 from bench.rows import Row, brief, rows_of, work
 from bench.zoo import Entry, corpus
 from bench.zoo.entry import Call, Draw, moving
@@ -152,7 +152,24 @@ def _exported(
         made = generation(loaded, entry)
         error = max(relative_error(a, b) for a, b in zip(made, expected, strict=True))
         where = "cuda" if torch.cuda.is_available() else "cpu"
-        return found | {"executed": where, "error": error, "same_decisions": decisions(loaded) == taken}
+        found |= {"executed": where, "error": error, "same_decisions": decisions(loaded) == taken}
+        return found | ({} if error < LARGEST_ERROR else {"rounding": _rounding(entry)})
+
+
+def _rounding(entry: Entry) -> float:
+    """How far the uncached model itself is, in float32, from what it computes in float64 over the same generation."""
+    single, double = entry.build(), entry.build().double()
+    errors = []
+    for step in range(STEPS):
+        call = moving(entry, step / STEPS)
+        wide = tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, call)
+        with torch.no_grad():
+            made, exact = (
+                tree_leaves(model(*args, **kwargs)) for model, (args, kwargs) in ((single, call), (double, wide))
+            )
+        pairs = zip(made, exact, strict=True)
+        errors += [relative_error(a, b.to(a.dtype)) for a, b in pairs if isinstance(a, torch.Tensor)]
+    return max(errors)
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ from .forecasts import (
 )
 from .guards import Always, Interval, Magnitude, Mask, Steps
 from .guidance import Reconstruct
+from .lagrange_scheduler import LagrangeScheduler
 from .references import BlocksOutput, Latents, ModelOutput, ModulatedInput, TrunkInput
 from .schedule import CacheSchedule, Rule
 from .selection import Blocks, Listed, Modules, Scale, Sublayers, Trunk, Whole
@@ -64,6 +65,7 @@ __all__ = [
     "Hold",
     "Interval",
     "Lagrange",
+    "LagrangeScheduler",
     "Latents",
     "Linear",
     "Listed",

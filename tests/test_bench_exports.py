@@ -42,6 +42,9 @@ def test_what_a_cell_says_and_whether_it_counts() -> None:
     for head, (words, counts) in told.items():
         assert (cell(big, *head), good(big, *head)) == (words, counts)
     assert not good(small, "onnx", "pair")  # another result
+    small["pair"]["onnx"]["rounding"] = 0.25
+    assert cell(small, "onnx", "pair") == "built, run on cpu: 5e-01 (eager itself against float64: 2e-01)"
+    assert not good(small, "onnx", "pair")
     assert not good(small, "tensorrt", "branch")  # other conditionals than explained
     assert not good({**big, "pair": {**big["pair"], "onnx": {**RUN, "same_decisions": False}}}, "onnx", "pair")
 
