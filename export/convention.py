@@ -29,13 +29,14 @@ class Data(BaseModel):
 
 class Leaf(Data):
     """One leaf of a call. A number comes as a Python number and goes in as a 0-d tensor; a constant is part of the
-    programs, and a call must have the same one."""
+    programs, and a call must have the same one: a plain value, or a tensor's dtype, shape and values in order."""
 
     name: str
     kind: Literal["tensor", "number", "constant"]
     dtype: str | None = None
     shape: tuple[Size, ...] = ()
     value: Scalar = None
+    values: tuple[bool | int | float, ...] | None = None
 
 
 class Tree(Data):
@@ -179,6 +180,13 @@ def _take(tree: Tree, value: Any, leaves: list[Any], where: str) -> None:
 
 
 def _check_kind(leaf: Leaf, value: Any) -> None:
+    if leaf.values is not None:
+        if not isinstance(value, torch.Tensor) or tuple(value.flatten().tolist()) != leaf.values:
+            raise CallError(
+                f"the values of {leaf.name} are part of this bundle's programs (they decide a shape or a branch), and "
+                "this call has others: export again with those"
+            )
+        return
     if leaf.kind == "constant":
         if not _same(value, leaf.value):
             raise CallError(

@@ -17,6 +17,9 @@ from diffcache_fx.sizes import sizes_of
 from .convention import SCALARS, Convention, Leaf, Parameter, Scalar, Tree
 from .ports import name_of_dtype
 
+# Of a tensor that is part of the program.
+_MOST_VALUES = 1 << 16
+
 
 def describe(
     forward: Any,
@@ -55,14 +58,22 @@ def _leaf(signature: CallSignature, index: int, example: Any) -> Leaf:
     value, name = signature.leaves[index], signature.names[index]
     if value is not TENSOR:
         if isinstance(value, torch.Tensor):
-            raise ExportError(
-                f"the values of {name!r} are part of the program (they decide a shape or a branch), and a file cannot "
-                "check them: export a model whose shapes do not depend on them"
-            )
+            return _fixed(value, name)
         return Leaf(name=name, kind="constant", value=_scalar(value, name))
     if index in signature.numbers:
         return Leaf(name=name, kind="number", dtype=name_of_dtype(example.dtype))
     return Leaf(name=name, kind="tensor", dtype=name_of_dtype(example.dtype), shape=sizes_of(example.shape))
+
+
+def _fixed(value: torch.Tensor, name: str) -> Leaf:
+    """A tensor whose values decide a shape or a branch."""
+    if value.numel() > _MOST_VALUES:
+        raise ExportError(
+            f"the {value.numel():,} values of {name!r} are part of the program (they decide a shape or a branch), more "
+            "than a manifest should hold: export a model whose shapes do not depend on them"
+        )
+    values = tuple(value.flatten().tolist())
+    return Leaf(name=name, kind="constant", dtype=name_of_dtype(value.dtype), shape=tuple(value.shape), values=values)
 
 
 def _scalar(value: Any, where: str) -> Scalar:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffcache_fx.passes.real_pairs import as_pairs
 
 from diffcache_fx.program import StepProgram
 
@@ -99,7 +100,7 @@ def _move_out(model: Any, weights: dict[str, torch.Tensor], shared: WeightsFile)
     import onnx_ir
 
     for name, value in model.graph.initializers.items():
-        tensor = weights.get(name)
+        tensor = as_pairs(weights[name]) if name in weights else None
         held = value.const_value
         if tensor is None or held is None or held.nbytes < _LEAST or tuple(held.shape) != tuple(tensor.shape):
             continue  # small, or made by the exporter

@@ -11,22 +11,26 @@ from typing import Any
 
 import torch
 from diffcache_fx.passes.decompose import Decompose
+from diffcache_fx.passes.fold_empty import FoldEmpty
+from diffcache_fx.passes.real_pairs import RealPairs, as_pairs
 from torch.export import ExportedProgram
 
 from diffcache_fx.errors import ExportError, VerificationError
 from diffcache_fx.program import StepProgram
 
 from .exported_program import to_exported
+from .onnx_rules import RULES
 from .ports import input_names, output_names
 
 log = logging.getLogger(__name__)
 
 # protobuf refuses messages of 2 GiB; some room for the graph itself.
 LARGEST = 1_900_000_000
+aten = torch.ops.aten
 # The first operator set with convolutions and normalisations in bfloat16.
 _OPSET_BFLOAT16 = 22
 # ONNX's Einsum takes no bfloat16; these are the operators that PyTorch itself runs.
-_EINSUM = {torch.ops.aten.einsum.default: lambda equation, tensors, path=None: torch.einsum(equation, tensors)}
+_EINSUM = {aten.einsum.default: lambda equation, tensors, path=None: torch.einsum(equation, tensors)}
 # Most elements of a constant that is folded.
 _FOLDED = 256
 
@@ -37,10 +41,15 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], he
 
     Raises ExportError, naming the operator, where ONNX cannot say it.
     """
-    opset = None
+    opset, held_as = None, parameters
+
+    def parameters(name: str) -> torch.Tensor:
+        return as_pairs(held_as(name))
+
     if _bfloat16(program):
         program, opset = Decompose(_EINSUM)(program), _OPSET_BFLOAT16
     try:
+        program = Decompose(RULES)(RealPairs()(FoldEmpty()(program)))
         with _quiet():
             exported = torch.onnx.export(
                 _exported(program, parameters, held),

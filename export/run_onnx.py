@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffcache_fx.passes.real_pairs import as_pairs
 
 from diffcache_fx.errors import BundleError, CallError
 from diffcache_fx.sizes import Symbols
@@ -104,7 +105,7 @@ class _Session:
     def __init__(self, session: Any, program: Program, device: torch.device) -> None:
         self._session, self._device = session, device
         self._local = threading.local()
-        self._inputs = [(port.name, dtype_named(port.dtype)) for port in program.inputs]
+        self._inputs = [(port.name, dtype_named(port.dtype).to_real()) for port in program.inputs]
         self._outputs = [(port, dtype_named(port.dtype)) for port in program.outputs]
         self._symbols = Symbols([port.shape for port in program.inputs])
         self._here = {entry.name for entry in session.get_inputs()}
@@ -120,7 +121,8 @@ class _Session:
         for index, ((name, dtype), tensor) in enumerate(zip(self._inputs, tensors, strict=True)):
             if name not in self._here:  # nothing in the model reads it
                 continue
-            value = tensor if tensor.is_contiguous() else tensor.contiguous()
+            value = as_pairs(tensor)
+            value = value if value.is_contiguous() else value.contiguous()
             place = (value.data_ptr(), value.shape, value.dtype)
             if index in bound and bound[index][0] == place:  # the same memory as at the call before, such as weights
                 bound[index] = place, value
@@ -134,7 +136,7 @@ class _Session:
         for port, dtype in self._outputs:
             made = torch.empty(sizes.of(port.shape), dtype=dtype, device=self._device)
             results.append(made)
-            binding.bind_output(port.name, *self._place(made))
+            binding.bind_output(port.name, *self._place(as_pairs(made)))
         if self._device.type == "cuda":
             binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)

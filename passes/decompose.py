@@ -74,11 +74,14 @@ class Decompose:
 
         with graph.inserting_before(node):
             made = inline(graph, rule, taken)
-        if made is NotImplemented:
-            return False
         if isinstance(made, fx.Node):
             node.replace_all_uses_with(made)
             return True
+        if made is NotImplemented:
+            return False
+        if not isinstance(made, (list, tuple)):  # a number that depends on data
+            node.target = torch.ops.aten._local_scalar_dense.default
+            return False
         for user in list(node.users):  # each takes one of the results out
             user.replace_all_uses_with(made[user.args[1]])
             graph.erase_node(user)

@@ -37,7 +37,10 @@ def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[st
         plain.append(values)
         return [value for value in values if isinstance(value, torch.Tensor)]
 
-    with fake_mode_of(graph), torch.no_grad():
+    mode = fake_mode_of(graph)
+    if mode.shape_env is not None:  # sizes that depend on data, of operators that were added before
+        mode.shape_env.pending_fresh_unbacked_symbols.clear()
+    with mode, torch.no_grad():
         traced = make_fx(flat, tracing_mode="real")(*(node.meta["val"] for node in leaves))
     _write_nowhere(traced.graph)
     eliminate_dead(traced.graph)
