@@ -119,7 +119,7 @@ def _tree(spec: pytree.TreeSpec, counter: Any, where: str, named: bool = False) 
     return Tree(kind=kind, items=items, keys=names, name=spec.type.__name__)
 
 
-def _field_names(spec: pytree.TreeSpec) -> tuple[str, ...] | None:
+def _field_names(spec: pytree.TreeSpec) -> tuple[str | int, ...] | None:
     """Names of the children of a dict, a named tuple, a dataclass, or one of diffusers' outputs."""
     kind, count = spec.type, len(spec.children())
     if isinstance(kind, type) and issubclass(kind, dict) and isinstance(spec.context, (list, tuple)):
@@ -132,4 +132,4 @@ def _field_names(spec: pytree.TreeSpec) -> tuple[str, ...] | None:
         names = tuple(spec.context._fields)
     else:
         return None
-    return names if len(names) == count and all(isinstance(name, str) for name in names) else None
+    return names if len(names) == count and all(type(name) in (str, int) for name in names) else None

@@ -6,33 +6,54 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 aten = torch.ops.aten
 
 
-def _index(x: torch.Tensor, indices: list[torch.Tensor | None]) -> Any:
+def _index(x: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
     """GatherND takes int64 indices only."""
-    if not any(index is not None and index.dtype == torch.int32 for index in indices):
-        return NotImplemented
-    wide = [index.long() if index is not None and index.dtype == torch.int32 else index for index in indices]
-    return aten.index.Tensor(x, wide)
+    return aten.index.Tensor(x, [index.long() if _narrow(index) else index for index in indices])
 
 
-def _where(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+def _where(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """ONNX Runtime's CPU provider has no Where of booleans."""
-    if a.dtype != torch.bool or b.dtype != torch.bool:
-        return NotImplemented
     return (condition & a) | (~condition & b)
 
 
-def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: Any) -> Any:
-    if x.dtype != torch.bool or isinstance(value, torch.Tensor):
-        return NotImplemented
+def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.Tensor:
     return (x | mask) if value else (x & ~mask)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a & b
+
+
+def _sort(x: torch.Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> Any:
+    """TopK, which sorting becomes, keeps equal elements in order anyway."""
+    return aten.sort.default(x, dim, descending)
 
 
 RULES: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _index,
     aten.where.self: _where,
     aten.masked_fill.Scalar: _masked_fill,
+    aten.mul.Tensor: _product,
+    aten.sort.stable: _sort,
 }
+
+
+def concerned(node: fx.Node) -> bool:
+    """Whether a node is of the types that its rule is for."""
+    if node.target is aten.index.Tensor:
+        return any(_narrow(index.meta["val"]) for index in node.args[1] if index is not None)  # type: ignore[union-attr]
+    if node.target is aten.sort.stable:
+        return True
+    values = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    plain = len(tensors) == len(node.args) or node.target is aten.masked_fill.Scalar
+    return plain and all(tensor.dtype == torch.bool for tensor in tensors)
+
+
+def _narrow(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype == torch.int32

@@ -21,6 +21,7 @@ class Decompose:
     """Replace every operator that the table has a rule for by what the rule computes.
 
     table: by operator, a function of the same arguments, as in `torch.export.default_decompositions()`.
+    only: whether a node with such an operator is to be replaced; None: every one.
 
     What an exporter asks for, without tracing the program anew: only the operators named are looked at, which is what
     makes it fast on large programs and on conditionals, whose branches PyTorch traces several times.
@@ -35,6 +36,7 @@ class Decompose:
     """
 
     table: Mapping[Any, Callable[..., Any]]
+    only: Callable[[fx.Node], bool] | None = None
 
     def __call__(self, program: StepProgram) -> StepProgram:
         result = program.copy()
@@ -60,7 +62,7 @@ class Decompose:
         module.recompile()
 
     def _wanted(self, node: fx.Node) -> bool:
-        return node.op == "call_function" and node.target in self.table
+        return node.op == "call_function" and node.target in self.table and (self.only is None or self.only(node))
 
     def _replace(self, graph: fx.Graph, node: fx.Node) -> bool:
         """Put what the rule computes before the node, and in place of it; False if the rule declines."""
