@@ -169,7 +169,9 @@ def _take(tree: Tree, value: Any, leaves: list[Any], where: str) -> None:
         raise CallError(f"{where} must be a {tree.kind}, as in the call the bundle was made with, not {_told(value)}")
     if tree.kind == "dict":
         if set(value) != set(tree.keys):
-            raise CallError(f"{where} must have the keys {', '.join(map(str, tree.keys))}, not {', '.join(map(str, value))}")
+            raise CallError(
+                f"{where} must have the keys {', '.join(map(str, tree.keys))}, not {', '.join(map(str, value))}"
+            )
         pairs = [(f"{where}[{key!r}]", value[key]) for key in tree.keys]
     else:
         if len(value) != len(tree.items):

@@ -19,7 +19,7 @@ from diffcache_fx.errors import ExportError, VerificationError
 from diffcache_fx.program import StepProgram
 
 from .exported_program import to_exported
-from .onnx_rules import RULES, concerned
+from .onnx_rules import RULES, concerned, with_reshapes
 from .ports import input_names, output_names
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], he
     if _bfloat16(program):
         program, opset = Decompose(_EINSUM)(program), _OPSET_BFLOAT16
     try:
-        program = Decompose(RULES, concerned)(RealPairs()(FoldEmpty()(program)))
+        program = Decompose(RULES, concerned)(RealPairs()(FoldEmpty()(with_reshapes(program))))
         with _quiet():
             exported = torch.onnx.export(
                 _exported(program, parameters, held),
@@ -83,7 +83,7 @@ def _exported(program: StepProgram, parameters: Callable[[str], torch.Tensor], h
     def decomposed(table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
         try:
             simple = Decompose(RULES, concerned)(Decompose(table)(program))
-            return to_exported(simple, parameters, held=held)
+            return to_exported(with_reshapes(simple), parameters, held=held)
         except VerificationError:  # a rule that only PyTorch can make functional
             return to_exported(program, parameters, held=held).run_decompositions(table)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from diffcache_fx.program import StepProgram
+
 aten = torch.ops.aten
 
 
@@ -34,12 +36,20 @@ def _sort(x: torch.Tensor, *, stable: bool | None, dim: int = -1, descending: bo
     return aten.sort.default(x, dim, descending)
 
 
+def _flex_attention(*args: Any) -> Any:
+    """By its definition, over all pairs of queries and keys."""
+    from torch._higher_order_ops.flex_attention import math_attention
+
+    return math_attention(*args)
+
+
 RULES: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _index,
     aten.where.self: _where,
     aten.masked_fill.Scalar: _masked_fill,
     aten.mul.Tensor: _product,
     aten.sort.stable: _sort,
+    torch.ops.higher_order.flex_attention: _flex_attention,
 }
 
 
@@ -47,7 +57,7 @@ def concerned(node: fx.Node) -> bool:
     """Whether a node is of the types that its rule is for."""
     if node.target is aten.index.Tensor:
         return any(_narrow(index.meta["val"]) for index in node.args[1] if index is not None)  # type: ignore[union-attr]
-    if node.target is aten.sort.stable:
+    if node.target in (aten.sort.stable, torch.ops.higher_order.flex_attention):
         return True
     values = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
@@ -57,3 +67,14 @@ def concerned(node: fx.Node) -> bool:
 
 def _narrow(index: Any) -> bool:
     return isinstance(index, torch.Tensor) and index.dtype == torch.int32
+
+
+def with_reshapes(program: StepProgram) -> StepProgram:
+    """Reshapes in place of views: ONNX knows no layout in memory, and a rule may have changed it."""
+    result = program.copy()
+    for module in result.module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
+                node.target = aten.reshape.default
+            module.recompile()
+    return result

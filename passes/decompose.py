@@ -67,6 +67,7 @@ class Decompose:
     def _replace(self, graph: fx.Graph, node: fx.Node) -> bool:
         """Put what the rule computes before the node, and in place of it; False if the rule declines."""
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
+        leaves = [_module(leaf) if isinstance(leaf, fx.Node) and leaf.op == "get_attr" else leaf for leaf in leaves]
         taken = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
 
         def rule(tensors: list[torch.Tensor]) -> Any:
@@ -88,6 +89,11 @@ class Decompose:
             user.replace_all_uses_with(made[user.args[1]])
             graph.erase_node(user)
         return True
+
+
+def _module(node: fx.Node) -> Any:
+    """What an operator of higher order is given to call."""
+    return node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

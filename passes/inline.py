@@ -23,7 +23,7 @@ def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[st
     of tensors.
 
     arguments: dictionaries or lists of nodes, given to the function as the same containers of tensors. The function may
-    branch on Python values only, and must make no tensors of constants. It may write in place to what it made
+    branch on Python values only, and may make tensors of constants with one element only. It may write in place to what it made
     itself and shows nowhere else; the operator that makes a new tensor is taken then. Raises VerificationError.
     """
     leaves, spec = pytree.tree_flatten(list(arguments))
@@ -52,6 +52,13 @@ def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[st
             memo[node] = next(supply)
         elif node.op == "call_function":
             memo[node] = graph.node_copy(node, memo.__getitem__)
+        elif node.op == "get_attr" and _is_scalar(getattr(traced, node.target, None)):
+            held = getattr(traced, node.target)
+            memo[node] = graph.call_function(
+                torch.ops.aten.full.default, ([], held.item()), {"dtype": held.dtype, "device": held.device}
+            )
+            with mode:
+                memo[node].meta["val"] = torch.empty((), dtype=held.dtype, device=held.device)
         elif node.op == "output":
             result = [memo[value] for value in node.args[0]]
         else:
@@ -59,6 +66,10 @@ def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[st
     given = iter(result)
     values = [next(given) if isinstance(value, torch.Tensor) else value for value in plain[-1]]
     return pytree.tree_unflatten(values, shape[-1])
+
+
+def _is_scalar(held: Any) -> bool:
+    return isinstance(held, torch.Tensor) and held.dim() == 0 and not isinstance(held, torch._subclasses.FakeTensor)
 
 
 def _write_nowhere(graph: fx.Graph) -> None:

@@ -34,7 +34,7 @@ class RealPairs:
     Rules:
     1. Branches of conditionals are rewritten, too.
     2. Only in finished programs: the new nodes belong to no region.
-    3. Views become reshapes: what is computed in pairs lies in memory in another order than it did.
+    3. What is computed in pairs may lie in memory in another order: views must be reshapes before.
     4. Raises VerificationError for an operator that has no such form here.
     """
 
@@ -45,8 +45,6 @@ class RealPairs:
         for module in result.module.modules():
             if isinstance(module, fx.GraphModule):
                 _Rewriting(module.graph).run()
-                for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
-                    node.target = aten.reshape.default
                 module.recompile()
         left = {node.name for node in result.graph.nodes}
         regions = tuple(dataclasses.replace(region, nodes=region.nodes & left) for region in result.regions)
