@@ -41,18 +41,14 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], he
 
     Raises ExportError, naming the operator, where ONNX cannot say it.
     """
-    opset, held_as = None, parameters
-
-    def parameters(name: str) -> torch.Tensor:
-        return as_pairs(held_as(name))
-
+    opset = None
     if _bfloat16(program):
         program, opset = Decompose(_EINSUM)(program), _OPSET_BFLOAT16
     try:
         program = Decompose(RULES, concerned)(RealPairs()(FoldEmpty()(with_reshapes(program))))
         with _quiet():
             exported = torch.onnx.export(
-                _exported(program, parameters, held),
+                _exported(program, lambda name: as_pairs(parameters(name)), held),
                 dynamo=True,
                 verbose=False,
                 optimize=False,

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 def _index(x: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
     """GatherND takes int64 indices only."""
-    return aten.index.Tensor(x, [index.long() if _narrow(index) else index for index in indices])
+    return aten.index.Tensor(x, [i if i is None or i.dtype != torch.int32 else i.long() for i in indices])
 
 
 def _where(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

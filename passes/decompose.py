@@ -86,7 +86,7 @@ class Decompose:
             node.target = torch.ops.aten._local_scalar_dense.default
             return False
         for user in list(node.users):  # each takes one of the results out
-            user.replace_all_uses_with(made[user.args[1]])
+            user.replace_all_uses_with(made[int(user.args[1])])  # type: ignore[arg-type]
             graph.erase_node(user)
         return True
 

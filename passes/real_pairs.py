@@ -25,8 +25,8 @@ class RealPairs:
     """Write what a program computes in complex numbers, such as rotary embeddings, in real ones.
 
     ONNX has no complex type. A complex tensor becomes one of its parts' dtype with a last axis of 2: real part,
-    imaginary part, as `torch.view_as_real` shows it. Complex inputs and results become such tensors, too; complex constants of
-    the program are kept so.
+    imaginary part, as `torch.view_as_real` shows it. Complex inputs and results become such tensors, too; complex
+    constants of the program are kept so.
 
     Before:  c = view_as_complex(x); y = view_as_real(c * freqs)              freqs: complex64 [64]
     After:   y = stack([x0 * f0 - x1 * f1, x0 * f1 + x1 * f0], -1)            freqs: float32 [64, 2]
@@ -138,7 +138,8 @@ _SIZES = {"size": 2, "shape": 2, "repeats": 1}
 
 def _moved(node: fx.Node, args: Any) -> list[Any]:
     """Arguments with axes counted from the end moved by one, and sizes with one more."""
-    schema, moved = node.target._schema, []  # type: ignore[union-attr]
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    moved: list[Any] = []
     for spec, value in zip(schema.arguments, args, strict=False):
         if spec.name in _AXES and isinstance(value, int):
             moved.append(value - 1 if value < 0 else value)
