@@ -57,6 +57,7 @@ def to_model(program: StepProgram, parameters: Callable[[str], torch.Tensor], he
             )
             assert exported is not None
             _fold(exported.model)
+            _sharpen(exported.model)
     except ImportError as error:
         raise ExportError(
             f"{error.name or 'onnxscript'} is not installed: pip install 'diffcache_fx[onnx]' to write ONNX"
@@ -118,6 +119,17 @@ def _fold(model: Any) -> None:
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
+
+
+def _sharpen(model: Any) -> None:
+    """PyTorch's bicubic interpolation takes another coefficient where it guards against aliasing, and the exporter does
+    not. With aligned corners ONNX Runtime's is another one still."""
+    import onnx_ir
+
+    for node in model.graph.all_nodes():
+        kind, smooth = node.attributes.get("mode"), node.attributes.get("antialias")
+        if node.op_type == "Resize" and smooth is not None and smooth.as_int() and kind.as_string() == "cubic":
+            node.attributes["cubic_coeff_a"] = onnx_ir.AttrFloat32("cubic_coeff_a", -0.5)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,12 @@ def _flex(x: torch.Tensor) -> torch.Tensor:
     return flex_attention(heads, heads, heads, score_mod=_near).transpose(1, 2).reshape(x.shape)  # type: ignore[union-attr]
 
 
+def _smaller_and_larger(x: torch.Tensor) -> torch.Tensor:
+    sizes = (x.unsqueeze(1), (9, 5)), (x.unsqueeze(1), (4, 16))
+    first, second = (nn.functional.interpolate(a, size, mode="bicubic", antialias=True) for a, size in sizes)
+    return x + first.mean() + second.mean(dim=(2, 3)).sum()
+
+
 class Blocks(nn.Module):
     """Four residual blocks, after a first step that is one of those above."""
 
@@ -60,7 +66,9 @@ class Blocks(nn.Module):
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("step", [_narrow_index, _booleans, _order, _flex], ids=lambda step: step.__name__)
+@pytest.mark.parametrize(
+    "step", [_narrow_index, _booleans, _order, _flex, _smaller_and_larger], ids=lambda step: step.__name__
+)
 def test_through_onnx_runtime(step: Step, tmp_path: Path) -> None:
     model = Blocks(step).eval()
     cached = compile_with_cache(
