@@ -33,7 +33,7 @@ def guard_adaptive(program: StepProgram, control: Control, hoist: bool = False) 
     root, entries, places = gather(program, probe, refresh, reuse, leave=computed)
     graph = root.graph
     with graph.inserting_before(output_node(graph)):
-        early = _copy(graph, probe, {node: places[slot] for slot, node in by_slot(probe).items()})
+        early = _copy(root, probe, {node: places[slot] for slot, node in by_slot(probe).items()})
         signals = {name: early[OutputKind.SIGNAL, memory_name(rule, name)] for name in measured.before}
         decided = decide_in_graph(graph, control, signals, program.regions[0].cut[0].device)
         for name in live_names(refresh):
@@ -60,11 +60,13 @@ def guard_adaptive(program: StepProgram, control: Control, hoist: bool = False) 
     return _finish(program, root, entries, decided, common, items)
 
 
-def _copy(graph: fx.Graph, source: StepProgram, memo: dict[fx.Node, fx.Node]) -> Known:
-    """Copy a program's nodes into a graph; returns its results by kind and target."""
+def _copy(root: fx.GraphModule, source: StepProgram, memo: dict[fx.Node, fx.Node]) -> Known:
+    """Copy a program's nodes, and the graphs they call, into a graph; returns its results by kind and target."""
     for node in source.graph.nodes:
+        if node.op == "get_attr" and not hasattr(root, str(node.target)):
+            root.add_submodule(str(node.target), getattr(source.module, str(node.target)))
         if node.op in ("call_function", "get_attr"):
-            memo[node] = graph.node_copy(node, memo.__getitem__)
+            memo[node] = root.graph.node_copy(node, memo.__getitem__)
     results = zip(returned(source.graph), source.outputs, strict=True)
     return {(output.kind, output.target): memo[value] for value, output in results}
 

@@ -48,18 +48,27 @@ def _smaller_and_larger(x: torch.Tensor) -> torch.Tensor:
     return x + first.mean() + second.mean(dim=(2, 3)).sum()
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
 class Blocks(nn.Module):
     """Four residual blocks, after a first step that is one of those above."""
 
     def __init__(self, first: Step) -> None:
         super().__init__()
         self.first = first
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4))
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         x = self.first(x) + timestep
         for block in self.blocks:
-            x = x + block(x)
+            x = block(x)
         return x
 
 
@@ -82,17 +91,36 @@ def test_through_onnx_runtime(step: Step, tmp_path: Path) -> None:
     assert loaded.stats().reused == 2
 
 
+def test_flex_attention_before_the_decision() -> None:
+    """The probe of an adaptive guard keeps the functions that its attention calls."""
+    model = Blocks(_flex).eval()
+    outputs = []
+    for decide in ("host", "graph"):
+        cached = compile_with_cache(
+            model,
+            schedules.first_block_cache(10.0),
+            backend="eager",
+            decide=decide,
+            num_steps=4,
+            example_inputs=((X, X.mean()), {}),
+        )
+        with torch.no_grad():
+            outputs.append([cached(X, torch.tensor(1.0 - step / 4)) for step in range(4)])
+        assert cached.explain().conditionals == 1
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
 class Masked(nn.Module):
     """How many tokens there are depends on the mask's values."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4))
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         x = x[:, : int(mask.sum().item())] * timestep
         for block in self.blocks:
-            x = x + block(x)
+            x = block(x)
         return x
 
 
