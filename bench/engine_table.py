@@ -74,6 +74,13 @@ def markdown(title: str, cells: list[Cell]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(_texts(cell)) + " |" for cell in cells)]) + "\n"
 
 
+def cell_of(found: dict[str, Any]) -> Cell:
+    """A cell as `plain` told it."""
+    known = {name: value for name, value in found.items() if name != "run"}
+    speedup = known.get("speedup")
+    return Cell(**{"form": "", **known, "speedup": Ratio(**speedup) if speedup else None})
+
+
 def plain(cell: Cell) -> dict[str, Any]:
     """For JSON."""
     found = {**vars(cell), "speedup": vars(cell.speedup) if cell.speedup else None}

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.engine_table import Cell, markdown, plain, table
+from bench.engine_table import Cell, cell_of, markdown, plain, table
 from bench.peer_workloads import NAMES, STEPS, Subject, subject
 from diffcache_fx import CachedDenoiser, CacheSchedule, Linear, compile_with_cache, export, schedules
 from diffcache_fx.errors import CacheError
@@ -53,11 +53,14 @@ class Bench:
     def prepare(self, tick: Callable[[str], None]) -> None:
         """Compile, export and load everything that can run here."""
         for name, (schedule, forms) in SCHEDULES.items():
-            for runtime in self.runtimes:
+            for runtime in RUNTIMES:
                 for form in forms if runtime != "torch.compile" else ("",):
                     cell = Cell(runtime, name, form)
                     self.cells[cell.key] = cell
                     tick(cell.key)
+                    if runtime not in self.runtimes:
+                        cell.reason = "not asked for"
+                        continue
                     try:
                         self.run[cell.key] = self._made(cell, schedule)
                     except CacheError as error:
@@ -195,27 +198,35 @@ def main() -> None:
         "python": platform.python_version(),
         "device": options.device,
         "threads": torch.get_num_threads(),
-        "rounds": options.rounds,
         "models": {},
     }
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if {**before, "models": {}} == record:  # what another run measured of the other model, under the same conditions
+        record = before
     console = Console(width=None if sys.stdout.isatty() else 200)
-    sheets = ["# Engines\n", " ".join((__doc__ or "").split("\n\n")[1].split()) + "\n"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in NAMES if options.model == "both" else (options.model,):
         steps = options.steps or STEPS[name]
         cells = cells_of(name, steps, options.device, runtimes, options.rounds)
         title = f"{name}: {steps} steps on {options.device}, {options.rounds} generations each"
         console.print(table(title, cells))
-        sheets.append(markdown(title, cells))
-        record["models"][name] = {"steps": steps, "cells": [plain(cell) for cell in cells]}
+        record["models"][name] = {"title": title, "steps": steps, "cells": [plain(cell) for cell in cells]}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text("\n".join(sheets))
+        options.out.with_suffix(".md").write_text(sheet(record))
+
+
+def sheet(record: dict[str, Any]) -> str:
+    """The file's tables, of everything in the record."""
+    parts = ["# Engines\n", " ".join((__doc__ or "").split("\n\n")[1].split()) + "\n"]
+    for model in record["models"].values():
+        parts.append(markdown(model["title"], [cell_of(cell) for cell in model["cells"]]))
+    return "\n".join(parts)
 
 
 def cells_of(name: str, steps: int, device: str, runtimes: list[str], rounds: int) -> list[Cell]:
     """Prepare and measure one model."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    count = sum(1 if r == "torch.compile" else len(forms) for _, forms in SCHEDULES.values() for r in runtimes)
+    count = sum(1 if r == "torch.compile" else len(forms) for _, forms in SCHEDULES.values() for r in RUNTIMES)
     work = subject(name, steps)
     work.model.to(device)
     with (

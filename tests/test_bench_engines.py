@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from bench import engines
-from bench.engine_table import Cell, markdown, plain
+from bench.engine_table import Cell, cell_of, markdown, plain
 from diffcache_fx import schedules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,9 +23,9 @@ def test_cells_of_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engines, "SCHEDULES", few)
     cells = engines.cells_of("digits", 10, "cpu", ["torch.compile", "onnxruntime", "tensorrt"], 1)
     by_key = {cell.key: cell for cell in cells}
-    assert len(cells) == 2 + 3 + 3
+    assert len(cells) == 2 + 3 + 3 + 3
     for cell in cells:
-        assert bool(cell.reason) == (cell.runtime == "tensorrt")
+        assert bool(cell.reason) == (cell.runtime in ("tensorrt", "aot_inductor"))
     for form in ("pair", "branch"):
         cell = by_key[f"onnxruntime | interval 2 | {form}"]
         assert cell.latency_s is not None
@@ -39,6 +40,10 @@ def test_cells_of_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     sheet = markdown("digits", cells)
     assert sheet.count("not run: an engine runs on a GPU") == 3
     assert plain(by_key["tensorrt | uncached | pair"])["run"] is False
+    known = json.loads(json.dumps([plain(cell) for cell in cells]))
+    record = {"models": {"digits": {"title": "digits", "steps": 10, "cells": known}}}
+    assert engines.sheet(record).endswith(markdown("digits", cells))
+    assert [cell_of(cell).key for cell in known] == [cell.key for cell in cells]
 
 
 def test_what_was_not_run_has_no_figures() -> None:
