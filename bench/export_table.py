@@ -96,7 +96,7 @@ def _groups(known: dict[str, Row]) -> dict[str, list[Row]]:
     """Entries exported uncached, too, stand alone; the others by family."""
     found: dict[str, list[Row]] = {}
     for name, row in known.items():
-        family = f"{row.get('family', 'other')}, tiny"
+        family = f"{row['family']}, tiny" if "family" in row else "not traced (see coverage.md)"
         found.setdefault(name if UNCACHED in row else family, []).append(row)
     return {title if len(rows) == 1 else f"{title}: {len(rows)}": rows for title, rows in found.items()}
 

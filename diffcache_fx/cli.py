@@ -59,12 +59,13 @@ def options(
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Print an error of the library in one sentence and exit 1; with --debug let the traceback through."""
+    """Print an error of the library, or of the file system, in one sentence and exit 1; with --debug let the traceback
+    through."""
     from .errors import CacheError
 
     try:
         yield
-    except CacheError as error:
+    except (CacheError, OSError) as error:
         if _state["debug"]:
             raise
         errors.print("error:", style="bold red", end=" ")

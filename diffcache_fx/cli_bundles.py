@@ -169,10 +169,10 @@ def show(folder: Path) -> None:
 
     manifest = read_manifest(folder)
     control = manifest.control
-    decided = "a plan" if control.plan else "at run time"
+    decided = "decided by a plan" if control.plan else "decided at run time"
     console.print(
         f"{folder}: {manifest.model} ({manifest.dtype}) under schedule {manifest.schedule['name']!r}, "
-        f"{manifest.artefact} in the {manifest.form} form, decided by {decided}"
+        f"{manifest.artefact} in the {manifest.form} form, {decided}"
         + (f", {control.num_steps} steps" if control.num_steps else ""),
         markup=False,
         highlight=False,

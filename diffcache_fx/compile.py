@@ -19,6 +19,7 @@ from .calling import ShapeRules
 from .capture import Dynamic, capture
 from .errors import CacheError, RegionError, ScheduleError
 from .export import eager, torch_compile
+from .export.backends import check_backend
 from .export.lowered import Lowered
 from .guards import Mask
 from .limits import Limits
@@ -122,8 +123,6 @@ def _within_memory(captured: StepProgram, schedule: CacheSchedule) -> StepProgra
 def lower(program: StepProgram, options: Options, parameters: Parameters) -> Lowered:
     """One program through the backend the user chose."""
     if options.backend == "eager":
-        if options.backend_options:
-            raise CacheError(f"the eager backend takes no options, got {sorted(options.backend_options)}")
         return eager.lower(run_passes(program, (Deduplicate(),)))
     if options.backend == "onnxruntime":
         from .export import ort_backend
@@ -311,6 +310,7 @@ def compile_with_cache(
     """
     from .denoiser import CachedDenoiser
 
+    check_backend(backend, backend_options)
     options = Options(backend, num_steps, dynamic, decide, max_programs, refinement, backend_options)
     return CachedDenoiser(model, resolve(schedule), options, example_inputs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,8 +21,8 @@ def check_count(value: Count, what: str) -> None:
 
 
 def absolute(value: Count, total: int) -> int:
-    """A count or fraction as a count out of `total`."""
-    return value if isinstance(value, int) else round(value * total)
+    """A count or fraction as a count out of `total`; halves go up, so that two fractions of 1 leave nothing twice."""
+    return value if isinstance(value, int) else math.floor(value * total + 0.5)
 
 
 @dataclass(frozen=True)

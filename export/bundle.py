@@ -81,6 +81,8 @@ def write_bundle(
 
     Raises ExportError where something stands in the way; the folder is then as it was before.
     """
+    if not hasattr(cached, "current_signature"):
+        raise ExportError(f"what compile_with_cache returns is exported, not a {type(cached).__name__}: wrap it first")
     signature = cached.current_signature()
     captured = signature.captured
     chosen = choose(captured, form, num_steps, hoist=artefact != "aot_inductor")
@@ -131,7 +133,9 @@ def staged(target: Path, overwrite: bool, marker: str = NAME) -> Iterator[Path]:
     """A folder beside the target that takes its place once all is written; an error leaves nothing behind. A target
     that is there is replaced if that is wanted and it holds the file `marker`."""
     if target.exists() and not overwrite:
-        raise ExportError(f"{target} exists already: choose another folder, or pass overwrite=True")
+        raise ExportError(
+            f"{target} exists already: choose another folder, or overwrite it (overwrite=True, --overwrite)"
+        )
     if target.exists() and not (target / marker).is_file():
         raise ExportError(f"{target} is no bundle, so it is not overwritten: choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -152,11 +152,29 @@ def read_manifest(folder: Path) -> Manifest:
             "diffcache_fx, or export again with this one"
         )
     try:
-        return Manifest.model_validate_json(path.read_text())
+        manifest = Manifest.model_validate_json(path.read_text())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError(f"{path} is malformed at {where}: {first['msg'].lower()}") from error
+    _check_control(manifest, path)
+    return manifest
+
+
+def _check_control(manifest: Manifest, path: Path) -> None:
+    """What hosts follow must name what the bundle holds."""
+    control, programs = manifest.control, manifest.programs
+    named = {*control.programs, *(step.program for step in control.plan)}
+    missing = sorted(named - programs.keys())
+    if missing:
+        raise BundleError(f"{path} is malformed at control: it names the program {missing[0]!r}, which is not there")
+    if control.num_steps is not None and control.num_steps < 1:
+        raise BundleError(f"{path} is malformed at control.num_steps: {control.num_steps} is no number of steps")
+    if control.plan and control.num_steps is not None and len(control.plan) != control.num_steps:
+        raise BundleError(
+            f"{path} is malformed at control.plan: {len(control.plan)} steps, where control.num_steps says "
+            f"{control.num_steps}"
+        )
 
 
 def hash_of(path: Path) -> File:

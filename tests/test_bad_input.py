@@ -285,9 +285,15 @@ def test_unknown_options() -> None:
     with pytest.raises(CacheError, match="'host', 'graph' or 'lagged'"):
         compiled(decide="gpu")
     with pytest.raises(CacheError, match=r"eager backend takes no options.*max_autotune"):
-        compiled(max_autotune=True)(*CALL)
+        compiled(max_autotune=True)
+    with pytest.raises(CacheError, match=r"inductor backend has no option 'bakend'.*did you mean 'backend'"):
+        compiled(backend="inductor", bakend="eager")
+    with pytest.raises(CacheError, match=r"eager backend takes no options.*num_step.*did you mean 'num_steps'"):
+        compiled(num_step=3)
+    with pytest.raises(CacheError, match=r"onnxruntime backend has no option 'provider'.*'providers'"):
+        compiled(backend="onnxruntime", provider=["x"])
     with pytest.raises(CacheError, match=r"no backend is called 'inductr'.*inductor"):
-        compiled(backend="inductr")(*CALL)
+        compiled(backend="inductr")
 
 
 def test_not_a_model() -> None:

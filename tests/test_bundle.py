@@ -193,6 +193,10 @@ def changed(folder: Path, **fields: Any) -> Path:
     return folder
 
 
+def controlled(folder: Path, **fields: Any) -> Path:
+    return changed(folder, control={**json.loads((folder / NAME).read_text())["control"], **fields})
+
+
 def flipped(folder: Path) -> None:
     path = folder / "weights.bin"
     content = bytearray(path.read_bytes())
@@ -213,6 +217,9 @@ def flipped(folder: Path) -> None:
             lambda folder: changed(folder, files={"../../etc/hosts": {"bytes": 1, "sha256": ""}}),
             "outside of the bundle",
         ),
+        (lambda folder: controlled(folder, num_steps=-4), "-4 is no number of steps"),
+        (lambda folder: controlled(folder, programs=["refresh", "zzz"]), "names the program 'zzz', which is not there"),
+        (lambda folder: controlled(folder, num_steps=3), "6 steps, where control.num_steps says 3"),
         (lambda folder: changed(folder, files={}), "gives no checksum for refresh.onnx, reuse.onnx"),
         (lambda folder: (folder / NAME).write_text("{"), "cannot be read"),
         (lambda folder: (folder / NAME).unlink(), "is no bundle"),
@@ -222,6 +229,11 @@ def test_a_spoilt_bundle(copied: Path, spoil: Callable[[Path], Any], words: str)
     spoil(copied)
     with pytest.raises(BundleError, match=words):
         export.load_bundle(copied)
+
+
+def test_only_a_cached_denoiser_is_exported(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="what compile_with_cache returns is exported, not a DiTTransformer2DModel"):
+        export.to_onnx(sample(MODEL).module, tmp_path / "bundle")  # type: ignore[arg-type]
 
 
 def test_a_runtime_that_does_not_fit(made: Path) -> None:
