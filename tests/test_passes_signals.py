@@ -476,5 +476,7 @@ def test_inline_takes_code_without_constants() -> None:
         found = inline(program.graph, lambda values: {"twice": values["a"] * 2, "plain": 3}, {"a": nodes["add_1"]})
         assert found["plain"] == 3
         assert found["twice"].args == (nodes["add_1"], 2)
+        inline(program.graph, lambda values: values["a"] * torch.tensor(2.0), {"a": nodes["add_1"]})
+        assert program.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)  # one number: a call
         with pytest.raises(VerificationError, match="makes a tensor of its own"):
-            inline(program.graph, lambda values: values["a"] * torch.tensor(2.0), {"a": nodes["add_1"]})
+            inline(program.graph, lambda values: values["a"] * torch.tensor([2.0]), {"a": nodes["add_1"]})
