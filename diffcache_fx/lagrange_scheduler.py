@@ -109,7 +109,10 @@ class LagrangeScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As every scheduler's; a configuration that knows of shifts and of no betas is of flow matching."""
+        """As every scheduler's; a configuration that knows of shifts and of no betas is of flow matching. Raises
+        ScheduleError for one whose time runs backwards."""
+        if config is not None and config.get("invert_sigmas"):
+            raise ScheduleError("invert_sigmas is not offered: this model's time runs from data to noise")
         if config is not None and "prediction_type" not in config and "beta_start" not in config and "shift" in config:
             kwargs.setdefault("prediction_type", FLOW)
         return super().from_config(config, return_unused_kwargs, **kwargs)
@@ -139,7 +142,8 @@ class LagrangeScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """The model call a run begins with: the first of a step. Raises CallError for one within a step."""
+        """The model call a run begins with. `step` refuses one that is not the first of a step; with reuse_last=False
+        every `order`-th is."""
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -185,7 +189,10 @@ class LagrangeScheduler(SchedulerMixin, ConfigMixin):
             self._start, self._slopes = self.flow.unscaled(sample.to(wide), place), [slope] * len(weights.nodes)
         else:
             if self._start is None:
-                raise CallError("a run begins at the first call of a step: set_begin_index names one within a step")
+                raise CallError(
+                    "a run begins at the first call of a step: make the scheduler with reuse_last=False, where every "
+                    f"step has one, and begin at a multiple of its order (this is call {index})"
+                )
             self._fresh[call.node] = slope
             if self.config.sweep == "gauss-seidel":
                 self._slopes[call.node] = slope

@@ -23,7 +23,9 @@ FORMS: tuple[Form, ...] = ("pair", "split", "branch")
 
 class Port(Data):
     """One input or output of a program, in order. kind and target as in `diffcache_fx.program`: for a "history" input
-    or a "state" output the target is REGION/VALUE/SLOT (REGION/VALUE where the program computes one fresh value)."""
+    or a "state" output the target is REGION/VALUE/SLOT (REGION/VALUE where the program computes one fresh value). ONNX
+    models and engines take and give a complex tensor as one of its parts' dtype with a last axis of 2: real part,
+    imaginary part."""
 
     name: str
     kind: str

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffcache_fx.passes.everywhere import everywhere
 from torch import fx
 
 from diffcache_fx.program import StepProgram
@@ -71,10 +72,9 @@ def _narrow(index: Any) -> bool:
 
 def with_reshapes(program: StepProgram) -> StepProgram:
     """Reshapes in place of views: ONNX knows no layout in memory, and a rule may have changed it."""
-    result = program.copy()
-    for module in result.module.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
-                node.target = aten.reshape.default
-            module.recompile()
-    return result
+
+    def rewrite(graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
+
+    return everywhere(program, rewrite)

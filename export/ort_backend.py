@@ -7,7 +7,6 @@ at once, as everywhere in this library. A bundle's models hold them instead, whi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def lower(program: StepProgram, **options: Any) -> Lowered:
         with tempfile.TemporaryDirectory(prefix="diffcache_fx") as folder:
             path = Path(folder) / "step.onnx"
             write_model(program, _none, path, held=False)
-            run = open_model(path, described(program, weights=True), device, **_known(options))
+            run = open_model(path, described(program, weights=True), device, **options)
     except (BundleError, ExportError) as error:
         raise CacheError(str(error)) from error
     return Lowered.of(program, run)
@@ -49,12 +48,3 @@ def _device(program: StepProgram) -> torch.device:
         if isinstance(value, torch.Tensor):
             return value.device
     return torch.device("cpu")
-
-
-def _known(options: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(options) - {"providers", "session_options"})
-    if unknown:
-        raise CacheError(
-            f"backend='onnxruntime' takes the options providers and session_options, not {', '.join(unknown)}"
-        )
-    return dict(options)

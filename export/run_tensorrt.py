@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffcache_fx.passes.real_pairs import as_pairs
 
 from diffcache_fx.errors import BundleError, ExportError
 from diffcache_fx.sizes import Symbols
@@ -60,7 +61,7 @@ class _Engine:
         held = []  # until the stream has passed them
         for port, tensor in zip(self._program.inputs, tensors, strict=True):
             if port.name in self._here:
-                value = tensor.to(self._device).contiguous()  # predicates and rows come from the host
+                value = as_pairs(tensor.to(self._device)).contiguous()  # predicates and rows come from the host
                 held.append(value)
                 context.set_input_shape(port.name, tuple(value.shape))
                 context.set_tensor_address(port.name, value.data_ptr())

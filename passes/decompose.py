@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from diffcache_fx.program import StepProgram
 
+from .everywhere import everywhere
 from .inline import inline
 
 
@@ -39,27 +39,16 @@ class Decompose:
     only: Callable[[fx.Node], bool] | None = None
 
     def __call__(self, program: StepProgram) -> StepProgram:
-        result = program.copy()
-        for module in result.module.modules():
-            if isinstance(module, fx.GraphModule):
-                self._decompose(module)
-        left = {node.name for node in result.graph.nodes}
-        regions = tuple(dataclasses.replace(region, nodes=region.nodes & left) for region in result.regions)
-        return result.replace(regions=regions)
+        return everywhere(program, self._decompose)
 
-    def _decompose(self, module: fx.GraphModule) -> None:
-        graph = module.graph
+    def _decompose(self, graph: fx.Graph) -> None:
         waiting = [node for node in graph.nodes if self._wanted(node)]
-        if not waiting:
-            return
         while waiting:
             node = waiting.pop()
             last = node.prev
             if self._replace(graph, node):
                 waiting += [made for made in _between(last, node) if self._wanted(made)]
                 graph.erase_node(node)
-        graph.lint()
-        module.recompile()
 
     def _wanted(self, node: fx.Node) -> bool:
         return node.op == "call_function" and node.target in self.table and (self.only is None or self.only(node))
@@ -80,10 +69,9 @@ class Decompose:
         if isinstance(made, fx.Node):
             node.replace_all_uses_with(made)
             return True
-        if made is NotImplemented:
-            return False
-        if not isinstance(made, (list, tuple)):  # a number that depends on data
-            node.target = torch.ops.aten._local_scalar_dense.default
+        if not isinstance(made, (list, tuple)):
+            if node.target is torch.ops.aten.item.default:  # a number that depends on data, by the name it has inside
+                node.target = torch.ops.aten._local_scalar_dense.default
             return False
         for user in list(node.users):  # each takes one of the results out
             user.replace_all_uses_with(made[int(user.args[1])])  # type: ignore[arg-type]

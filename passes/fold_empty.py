@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import fx
 from diffcache_fx.program import StepProgram
 
 from .emit import call, fake_mode_of
+from .everywhere import everywhere
 from .purity import eliminate_dead
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -36,13 +36,7 @@ class FoldEmpty:
         modules = [module for module in program.module.modules() if isinstance(module, fx.GraphModule)]
         if not any(_folds(node) for module in modules for node in module.graph.nodes):
             return program
-        result = program.copy()
-        for module in result.module.modules():
-            if isinstance(module, fx.GraphModule):
-                _fold(module)
-        left = {node.name for node in result.graph.nodes}
-        regions = tuple(dataclasses.replace(region, nodes=region.nodes & left) for region in result.regions)
-        return result.replace(regions=regions)
+        return everywhere(program, _fold)
 
 
 def _folds(node: fx.Node) -> bool:
@@ -58,8 +52,7 @@ def _is_empty(node: Any) -> bool:
     return isinstance(value, torch.Tensor) and any(isinstance(size, int) and size == 0 for size in value.shape)
 
 
-def _fold(module: fx.GraphModule) -> None:
-    graph = module.graph
+def _fold(graph: fx.Graph) -> None:
     for node in [node for node in graph.nodes if _folds(node)]:
         value = node.meta["val"]
         with graph.inserting_before(node), fake_mode_of(graph):
@@ -67,5 +60,3 @@ def _fold(module: fx.GraphModule) -> None:
             made = call(graph, zeros, list(value.shape), dtype=value.dtype, device=value.device)
         node.replace_all_uses_with(made)
     eliminate_dead(graph)
-    graph.lint()
-    module.recompile()

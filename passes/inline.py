@@ -23,8 +23,9 @@ def inline(graph: fx.Graph, function: Callable[..., Any], *arguments: Mapping[st
     of tensors.
 
     arguments: dictionaries or lists of nodes, given to the function as the same containers of tensors. The function may
-    branch on Python values only, and may make tensors of constants with one element only. It may write in place to what
-    it made itself and shows nowhere else; the operator that makes a new tensor is taken then. Raises VerificationError.
+    branch on Python values only, and the only tensors of constants it may make have no axis. It may write in place to
+    what it made itself and shows nowhere else; the operator that makes a new tensor is taken then. Raises
+    VerificationError.
     """
     leaves, spec = pytree.tree_flatten(list(arguments))
     shape: list[pytree.TreeSpec] = []

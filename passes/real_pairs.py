@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from diffcache_fx.errors import VerificationError
 from diffcache_fx.program import StepProgram
 
 from .emit import call, fake_mode_of
+from .everywhere import everywhere
 from .purity import is_assert
 
 aten = torch.ops.aten
@@ -41,15 +41,8 @@ class RealPairs:
     def __call__(self, program: StepProgram) -> StepProgram:
         if not has_complex(program):
             return program
-        result = program.copy()
-        for module in result.module.modules():
-            if isinstance(module, fx.GraphModule):
-                _Rewriting(module.graph).run()
-                module.recompile()
-        left = {node.name for node in result.graph.nodes}
-        regions = tuple(dataclasses.replace(region, nodes=region.nodes & left) for region in result.regions)
-        constants = {name: as_pairs(tensor) for name, tensor in result.constants.items()}
-        return result.replace(regions=regions, constants=constants)
+        result = everywhere(program, lambda graph: _Rewriting(graph).run())
+        return result.replace(constants={name: as_pairs(tensor) for name, tensor in result.constants.items()})
 
 
 def as_pairs(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,7 +89,6 @@ class _Rewriting:
         for node in reversed(concerned):
             if node in self.made and self.made[node] is not node:
                 self.graph.erase_node(node)
-        self.graph.lint()
 
     def _replace(self, node: fx.Node) -> None:
         if is_assert(node):
@@ -110,7 +102,7 @@ class _Rewriting:
                 made = rule(self.graph, both, *args, **kwargs)
             elif node.target is operator.getitem:
                 made = call(self.graph, node.target, *args)
-            elif schema is not None and schema.name in _STRUCTURAL:
+            elif schema is not None and schema.name in _STRUCTURAL and not kwargs.keys() & {*_AXES, "dims", *_SIZES}:
                 made = call(self.graph, node.target, *_moved(node, args), **kwargs)
             else:
                 raise VerificationError(f"{node.target} of complex tensors has no form in real ones")
@@ -129,7 +121,7 @@ _STRUCTURAL = frozenset(
         *("aten::split_with_sizes", "aten::split", "aten::chunk", "aten::transpose", "aten::permute", "aten::expand"),
         *("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::repeat", "aten::clone", "aten::alias"),
         *("aten::copy", "aten::select_scatter", "aten::slice_scatter", "aten::pad_sequence", "aten::detach"),
-        *("aten::contiguous", "aten::neg", "aten::sum", "aten::flatten", "aten::roll"),
+        *("aten::contiguous", "aten::neg"),
     }
 )
 _AXES = ("dim", "dim0", "dim1", "start_dim", "end_dim")
@@ -165,6 +157,8 @@ def _pair(graph: fx.Graph, real: fx.Node, imaginary: fx.Node) -> fx.Node:
 def _product(graph: fx.Graph, both: list[bool], a: Any, b: Any) -> fx.Node:
     if not all(both):
         pairs, factor = (a, b) if both[0] else (b, a)
+        if isinstance(factor, complex):
+            raise VerificationError("a product with a complex number has no form in real ones")
         wide = call(graph, aten.unsqueeze.default, factor, -1) if isinstance(factor, fx.Node) else factor
         return call(graph, aten.mul.Tensor, pairs, wide)
     (a0, a1), (b0, b1) = _parts(graph, a), _parts(graph, b)

@@ -42,15 +42,15 @@ def test_one_node_draws_what_the_first_order_sampler_does(piped: tuple[Case, Any
 
 
 def test_more_nodes_draw_nearer_to_the_solution(piped: tuple[Case, Any]) -> None:
-    """Against many steps; at as many model calls as a first-order sampler of three times the steps."""
+    """Against many steps, and at as many model calls as a first-order sampler."""
     config = piped[1].scheduler.config
     exact = drawn(piped, LagrangeScheduler.from_config(config, nodes=3, refinements=2), 40)
-    high = LagrangeScheduler.from_config(config, nodes=2, refinements=1, reuse_last=False)
+    high = LagrangeScheduler.from_config(config, nodes=2, refinements=1)
     coarse = LagrangeScheduler.from_config(config, nodes=1)
-    errors = [relative_error(drawn(piped, s, n), exact) for s, n in ((high, 5), (coarse, 10))]
+    errors = [relative_error(drawn(piped, s, n), exact) for s, n in ((high, 9), (coarse, 10))]
     assert len(high.timesteps) == len(coarse.timesteps) == 10
     assert torch.isfinite(exact).all()
-    assert errors[0] < 1.5 * errors[1]
+    assert errors[0] < errors[1]
 
 
 def test_heun_in_a_pipeline() -> None:

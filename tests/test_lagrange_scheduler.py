@@ -162,6 +162,25 @@ def test_the_last_evaluation_may_be_the_first_of_the_next_step() -> None:
     assert errors[0] < 3 * errors[1]
 
 
+def test_a_run_may_begin_at_a_later_step() -> None:
+    """As pipelines that start from an image do."""
+    whole, late = (LagrangeScheduler(3, 2, reuse_last=False) for _ in range(2))
+    for scheduler in (whole, late):
+        scheduler.set_timesteps(8)
+    begin = 3 * whole.order
+    x, model = noise(), variance_preserving(whole)
+    for moment in whole.timesteps[:begin]:
+        x = whole.step(model(x, moment), moment, x).prev_sample
+    late.set_begin_index(begin)
+    ends = []
+    for scheduler in (whole, late):
+        y = x
+        for moment in scheduler.timesteps[begin:]:
+            y = scheduler.step(model(y, moment), moment, y).prev_sample
+        ends.append(y)
+    assert torch.equal(*ends)
+
+
 def test_saved_and_loaded_like_any_scheduler(tmp_path: Path) -> None:
     scheduler = LagrangeScheduler(4, 3, placing="chebyshev", prediction_type="v_prediction")
     scheduler.save_pretrained(tmp_path)
@@ -201,6 +220,12 @@ def test_calls_that_make_no_sense() -> None:
         scheduler.step(x, 0, x)
     with pytest.raises(CallError, match="belong to flow matching"):
         scheduler.set_timesteps(4, mu=1.0)
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(6)
+    with pytest.raises(CallError, match=r"reuse_last=False, where every step has one.*this is call 6"):
+        scheduler.step(x, scheduler.timesteps[6], x)
+    with pytest.raises(ScheduleError, match="invert_sigmas is not offered"):
+        LagrangeScheduler.from_config(FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config)
     scheduler.set_timesteps(2)
     run(scheduler, lambda x, _: x, x)
     with pytest.raises(CallError, match="model calls of this run are done"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffcache_fx.passes.guard import InsertGuards
@@ -66,11 +68,20 @@ def test_inputs_results_and_branches_too() -> None:
     assert not any("complex" in text(module.graph) for module in inner)
 
 
-def test_what_has_no_real_form_is_named() -> None:
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (lambda x: torch.fft.fft(x).abs(), r"fft.* of complex tensors has no form in real ones"),
+        (lambda x: torch.view_as_complex(x.reshape(2, 6, 4, 2)).sum().real, r"sum.* of complex tensors has no form"),
+        (lambda x: (torch.view_as_complex(x.reshape(2, 6, 4, 2)) * 1j).real, "a product with a complex number"),
+    ],
+    ids=["transform", "sum", "number"],
+)
+def test_what_has_no_real_form_is_named(step: Any, words: str) -> None:
     class Odd(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.fft.fft(x).abs()
+            return step(x)  # type: ignore[no-any-return]
 
     program: StepProgram = captured(Odd(), X)
-    with pytest.raises(VerificationError, match=r"fft.* of complex tensors has no form in real ones"):
+    with pytest.raises(VerificationError, match=words):
         RealPairs()(program)
