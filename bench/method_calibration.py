@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffcache_fx.demo.digits import Demo
-from diffcache_fx.demo.sampling import generate
+from diffcache_fx.demo.demo import Demo
 
 SEED = 1  # not the seed of the images that are scored
 LOOKAHEAD = 3
@@ -134,12 +133,10 @@ def calibrate(demo: Demo, steps: int, images: int = 20) -> Calibration:
     """Run the uncached model with hooks, in `steps` steps, on a few images of each class."""
     recorder = _Recorder(demo.model)
     try:
-        generate(
+        demo.draw(
             demo.model,
-            demo.scheduler(),
             torch.arange(images) % demo.num_classes,
             num_steps=steps,
-            guidance_scale=demo.guidance_scale,
             seed=SEED,
             batch_size=images,
             dtype=next(demo.model.parameters()).dtype,

@@ -20,8 +20,8 @@ from bench.method_calibration import Calibration, calibrate
 from bench.method_settings import NOT_APPLICABLE, Setting, even_hold, same_cost, uncached
 from bench.quality import FrechetDistance, score
 from diffcache_fx import CachedDenoiser, compile_with_cache
-from diffcache_fx.demo.digits import Demo, load_digits
-from diffcache_fx.demo.sampling import generate
+from diffcache_fx.demo.demo import Demo
+from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.measure import compiled_baseline, executed_flops
 
 SEED = 0
@@ -145,18 +145,14 @@ class Runs:
 
     def draw(self, denoiser: Any, setting: Setting, first: int, count: int, told: Told | None = None) -> Tensor:
         """Images `first` to `first + count - 1`; image i has the same noise and class whatever the setting."""
-        return generate(
+        return self.demo.draw(
             denoiser,
-            self.demo.scheduler(),
             self.labels(first, count),
             num_steps=setting.steps or self.steps,
-            guidance_scale=self.demo.guidance_scale,
             seed=SEED,
             batch_size=count,
             progress=told,
             batched_guidance=not setting.apart,
-            null_class=self.demo.null_class,
-            image_shape=self.demo.image_shape,
             first_index=first,
             dtype=self.dtype,
         )

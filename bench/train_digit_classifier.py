@@ -1,22 +1,15 @@
-"""The stages of ``bench.train_digits`` that use the classifier: training it, and scoring the denoiser's samples."""
+"""The stage of ``bench.train_digits`` that trains the classifier."""
 
 from __future__ import annotations
 
 import argparse
 
 import torch
-from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.train_digits import halved, load_split
+from bench.training import console, halved, load_split
 from diffcache_fx.demo.classifier import DigitClassifier
-from diffcache_fx.demo.digits import load_digits
-from diffcache_fx.demo.sampling import generate, image_grid
-
-console = Console(width=120)
 
 
 def jitter(images: Tensor, source: torch.Generator) -> Tensor:
@@ -72,42 +65,3 @@ def train_classifier(args: argparse.Namespace) -> float:
     save_file(reference, args.out / "digit_reference.safetensors", metadata=facts)
     console.print(f"classifier  {100 * accuracy:.2f} % of the test digits", highlight=False)
     return accuracy
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Squared Fréchet distance between the Gaussians that fit two sets of features [N, D] and [M, D]."""
-    first, second = first.double(), second.double()
-    product = torch.linalg.eigvals(first.T.cov() @ second.T.cov()).real.clamp(min=0).sqrt().sum()
-    trace = first.T.cov().trace() + second.T.cov().trace() - 2 * product
-    return float((first.mean(0) - second.mean(0)).square().sum() + trace)
-
-
-def score(args: argparse.Namespace) -> float:
-    """Draw samples of all classes with the files in ``--out``; the share read as the class asked for.
-
-    Also prints the distance of the samples' features from those of the real test digits, and writes a picture of the
-    first hundred samples next to the checkpoints.
-    """
-    demo = load_digits()
-    labels = torch.arange(args.samples) % demo.num_classes
-    with Progress(console=console) as bar:
-        task = bar.add_task("samples")
-        images = generate(
-            demo.model,
-            demo.scheduler(),
-            labels,
-            num_steps=args.steps,
-            guidance_scale=args.guidance_scale,
-            seed=args.seed,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    read, features = demo.classifier.predict(images)
-    share = (read == labels).float().mean().item()
-    distance = frechet_distance(features, demo.reference_features)
-    missed = [f"{digit}: {int(((read != labels) & (labels == digit)).sum())}" for digit in range(demo.num_classes)]
-    setting = f"{args.samples} samples, {args.steps} steps, guidance {args.guidance_scale}"
-    console.print(f"{setting}: {100 * share:.1f} % read as asked, feature distance {distance:.2f}", highlight=False)
-    console.print(f"misread by class: {', '.join(missed)}", highlight=False)
-    args.runs.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image_grid(images[:100]).numpy()).save(args.runs / "samples.png")
-    return share

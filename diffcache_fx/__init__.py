@@ -10,11 +10,13 @@ cache-guarded subgraphs, and lowers the result.
 
 from . import schedules
 from .adaptive import DraftError, OutputChange, ProbeChange, RelativeChange
+from .calibration import Calibration, calibrate
 from .compile import compile_with_cache
 from .denoiser import CachedDenoiser
 from .errors import (
     CacheError,
     CacheWarning,
+    CalibrationError,
     CallError,
     CaptureError,
     RegionError,
@@ -43,6 +45,7 @@ from .lagrange_scheduler import LagrangeScheduler
 from .references import BlocksOutput, Latents, ModelOutput, ModulatedInput, TrunkInput
 from .schedule import CacheSchedule, Rule
 from .selection import Blocks, Listed, Modules, Scale, Sublayers, Trunk, Whole
+from .targets import Latency, Psnr, RelativeL1, Speedup
 from .version import __version__
 
 __all__ = [
@@ -55,6 +58,8 @@ __all__ = [
     "CacheSchedule",
     "CacheWarning",
     "CachedDenoiser",
+    "Calibration",
+    "CalibrationError",
     "CallError",
     "CaptureError",
     "Damped",
@@ -66,6 +71,7 @@ __all__ = [
     "Interval",
     "Lagrange",
     "LagrangeScheduler",
+    "Latency",
     "Latents",
     "Linear",
     "Listed",
@@ -78,13 +84,16 @@ __all__ = [
     "OutputChange",
     "ProbeChange",
     "ProbeRatio",
+    "Psnr",
     "Reconstruct",
     "RegionError",
     "RelativeChange",
+    "RelativeL1",
     "Rows",
     "Rule",
     "Scale",
     "ScheduleError",
+    "Speedup",
     "StaleProgramError",
     "Steps",
     "Sublayers",
@@ -94,6 +103,7 @@ __all__ = [
     "VerificationError",
     "Whole",
     "__version__",
+    "calibrate",
     "compile_with_cache",
     "schedules",
 ]

@@ -36,7 +36,8 @@ console = Console(width=None if sys.stdout.isatty() else 150)  # a table in a fi
 errors = Console(stderr=True)
 
 Model = Annotated[
-    str, typer.Argument(help="`digits`, a diffusers folder or hub id, or `package.module:factory`", metavar="MODEL")
+    str,
+    typer.Argument(help="`digits`, a diffusers folder or hub id, or `package.module:factory`", metavar="MODEL"),
 ]
 SCHEDULE_HELP = "a name, a name with options (interval:every=3,forecast=linear), or the path of a saved schedule"
 Schedules = Annotated[list[str] | None, typer.Option("--schedule", "-s", help=SCHEDULE_HELP + "; repeatable")]
@@ -105,9 +106,10 @@ def named(texts: list[str]) -> dict[str, Any]:
 def demo(
     schedule: Schedules = None,
     steps: Steps = 50,
-    images: Annotated[int, typer.Option(min=1, help="images of each of the ten classes")] = 5,
+    images: Annotated[int, typer.Option(min=1, help="images of each label")] = 5,
     out: Annotated[Path, typer.Option(help="folder for the picture and the table")] = Path("demo-output"),
     backend: Backend = "inductor",
+    model: Annotated[str, typer.Option(help="the shipped model to draw with")] = "digits",
 ) -> None:
     """Draw handwritten digits with and without a cache, side by side, with the speed-up and the fidelity measured."""
     with one_sentence():
@@ -115,10 +117,10 @@ def demo(
 
         schedules = named(schedule or list(run.DEFAULT_SCHEDULES))
         with bars() as told:
-            found = run.run_demo(schedules, out, steps=steps, images=images, backend=backend, progress=told)
+            found = run.run_demo(schedules, out, name=model, steps=steps, images=images, backend=backend, progress=told)
         console.print(found.table())
         console.print(run.NOTES.replace("\n", " ").strip(), style="dim")
-        names = ", ".join(str(out / name) for name in (run.PICTURE, run.TABLE, run.DATA))
+        names = ", ".join(str(out / name) for name in (f"{model}.png", run.TABLE, run.DATA))
         console.print(f"wrote {names} in {found.seconds:.0f} s", highlight=False, soft_wrap=True)
 
 
@@ -236,7 +238,7 @@ def doctor() -> None:
         console.print(table)
 
 
-from . import cli_bundles  # noqa: E402 - its commands are added to the app above
+from . import cli_bundles, cli_calibrate  # noqa: E402, F401 - their commands are added to the app above
 
 if __name__ == "__main__":
     app()

@@ -33,6 +33,8 @@ def export(
         from .compile import compile_with_cache
         from .errors import ExportError
         from .export import to_aot_inductor, to_onnx, to_tensorrt
+        from .export.bundle import check_target
+        from .export.forms import check_form
         from .models import load_target
 
         writers: dict[str, Callable[..., Path]] = dict(
@@ -40,6 +42,8 @@ def export(
         )
         if format not in writers:
             raise ExportError(f"--format must be one of {', '.join(WRITERS)}, not {format!r}")
+        check_form(form)
+        check_target(out, overwrite)
         (found,) = named([schedule]).values()
         target = load_target(model)
         with bars() as told:
@@ -75,7 +79,7 @@ def run(
     bundle: Folder,
     pipeline: Annotated[Path | None, typer.Option(help="a diffusers pipeline that takes the bundle's denoiser")] = None,
     call: Annotated[str, typer.Option(help="arguments of the pipeline's call, as JSON")] = "{}",
-    images: Annotated[int, typer.Option(min=1, help="digits: images of each of the ten classes")] = 1,
+    images: Annotated[int, typer.Option(min=1, help="demo models: images of each label")] = 1,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("bundle-output"),
 ) -> None:
     """Generate with a bundle: the demo's digits, or what a diffusers pipeline makes with the bundle as its denoiser."""
@@ -93,14 +97,15 @@ def _digits(loaded: Any, images: int, out: Path) -> list[Path]:
     import torch
     from PIL import Image
 
-    from .demo.digits import load_digits
     from .demo.run import Digits
     from .demo.sampling import image_grid
     from .errors import BundleError
+    from .models import DEMOS
 
-    demo = load_digits()
+    demos = [load() for load in DEMOS.values()]
+    demo = next((demo for demo in demos if _is_of(loaded, demo.model)), None)
     steps = loaded.manifest.control.num_steps
-    if loaded.manifest.model != type(demo.model).__name__ or loaded.config.get("sample_size") != demo.image_shape[-1]:
+    if demo is None:
         raise BundleError(
             f"this bundle holds a {loaded.manifest.model} that is not the demo's: pass --pipeline FOLDER, the "
             "diffusers pipeline that it belongs to"
@@ -117,9 +122,16 @@ def _digits(loaded: Any, images: int, out: Path) -> list[Path]:
             made = work.generate(loaded, turn, None, tick)
             assert made is not None
             drawn.append(made)
-    path = out / "digits.png"
+    path = out / f"{demo.name}.png"
     Image.fromarray(image_grid(torch.cat(drawn)).numpy()).save(path)
     return [path]
+
+
+def _is_of(loaded: Any, model: Any) -> bool:
+    """Whether a bundle was made of a model with this class and configuration."""
+    from .export.bundle import config_of
+
+    return loaded.manifest.model == type(model).__name__ and dict(loaded.config) == config_of(model)
 
 
 def _pipeline(loaded: Any, folder: Path, call: str, out: Path) -> list[Path]:
@@ -164,10 +176,11 @@ def is_bundle(text: str) -> bool:
 
 
 def show(folder: Path) -> None:
-    """Print what a bundle holds."""
-    from .export.manifest import read_manifest
+    """Print what a bundle holds. Raises BundleError where a file is not what was written."""
+    from .export.manifest import check_files, read_manifest
 
     manifest = read_manifest(folder)
+    check_files(folder, manifest)
     control = manifest.control
     decided = "decided by a plan" if control.plan else "decided at run time"
     console.print(
@@ -200,7 +213,7 @@ def show(folder: Path) -> None:
             how = "residual" if value.residual else "value"
             regions.add_row(region.name, shape, value.dtype, how, str(value.slots))
     console.print(regions)
-    console.print(f"state: {mebibytes(manifest.state_bytes)}", highlight=False)
+    console.print(f"state: {mebibytes(manifest.state_bytes)}; all files are as written", highlight=False)
 
 
 def mebibytes(count: int) -> str:

@@ -37,7 +37,7 @@ from .passes.specialize import Specialize
 from .passes.split import Probe, RestOfStep, live_names
 from .passes.verify import Verify
 from .plan import Plan, ProgramChoice, Reused, choose_programs, variants
-from .program import StepProgram
+from .program import InputKind, StepProgram, size_hint
 from .schedule import CacheSchedule
 from .schedules import resolve
 from .step_set import DIFFERENCE, PROBE, REBUILD, StepSet
@@ -58,6 +58,7 @@ class Options:
     max_programs: int | None = 4
     refinement: bool = False
     backend_options: Mapping[str, Any] = field(default_factory=dict)
+    measure: Callable[[StepProgram], StepProgram] | None = None  # a pass for the program that refreshes all
 
     def __post_init__(self) -> None:
         if self.decide not in DECIDE:
@@ -135,6 +136,12 @@ def lower(program: StepProgram, options: Options, parameters: Parameters) -> Low
     return torch_compile.lower(program, options.backend, **options.backend_options)
 
 
+def user_shapes(program: StepProgram) -> list[tuple[int, ...]]:
+    """The sizes of the caller's tensors in the call that was captured."""
+    nodes = program.graph.find_nodes(op="placeholder")
+    return [tuple(size_hint(size) for size in nodes[i].meta["val"].shape) for i, _ in program.inputs_of(InputKind.USER)]
+
+
 class Captured:
     """One call signature of one model under one schedule: the program with its regions, and what was compiled of it."""
 
@@ -151,6 +158,8 @@ class Captured:
                 "dynamic=True does not go with an adaptive guard: there only the batch may vary, with dynamic='batch'"
             )
         captured, rules = capture(module, args, kwargs, dynamic=options.dynamic)
+        if schedule.made_for is not None:
+            schedule.made_for.check_shapes(user_shapes(captured))
         self.module, self.schedule, self.options = module, schedule, options
         self.rules: ShapeRules = rules
         self.program = _within_memory(captured, schedule)
@@ -260,7 +269,8 @@ class Captured:
     def _program(self, which: Reused | str) -> StepProgram:
         """A program to compile, by the regions it reuses or by name."""
         if not isinstance(which, str):
-            return self.rest(which) if self.split else self.specialized(which)
+            found = self.rest(which) if self.split else self.specialized(which)
+            return found if self.options.measure is None or which else run_passes(found, (self.options.measure,))
         if which in (REBUILD, DIFFERENCE):
             return self.extra(which)
         return self.guarded() if which == "guarded" else self.probe()
@@ -312,7 +322,12 @@ def compile_with_cache(
 
     check_backend(backend, backend_options)
     options = Options(backend, num_steps, dynamic, decide, max_programs, refinement, backend_options)
-    return CachedDenoiser(model, resolve(schedule), options, example_inputs)
+    wanted = resolve(schedule)
+    if wanted.made_for is not None and isinstance(model, nn.Module):
+        wanted.made_for.check_model(model)
+        if num_steps is not None:
+            wanted.made_for.check_steps(num_steps)
+    return CachedDenoiser(model, wanted, options, example_inputs)
 
 
 __all__ = ["Captured", "Options", "compile_with_cache", "front_end", "lower", "run_passes"]

@@ -121,7 +121,7 @@ class Controller:
         turn = Turn(allowed)
         if not self.guards:
             return turn
-        moment = (float(place.step), (place.step + 1) / total if total else 0.0)
+        moment = (float(place.position), (place.step + 1) / total if total else 0.0)
         for index, guard in self.guards.items():
             regions = frozenset(region.name for region in steps.regions if region.rule == index)
             if not regions:

@@ -17,10 +17,12 @@ from .plan import Plan, Reused
 from .recognition import Arguments, Hints, Key, Place, Recognizer
 from .record import Decision, Record, Verdict
 from .schedule import CacheSchedule
-from .state import CacheState
+from .state import CacheState, bytes_of
 from .step_set import DIFFERENCE, PROBE, REBUILD, Feed, StepSet
 
 Tensors = Mapping[int, torch.Tensor]
+# Timesteps that a refining sampler may come back to: the nodes of a step, and where it ends.
+_VISITED = 8
 
 
 class Driver:
@@ -71,6 +73,8 @@ class Driver:
         """
         context = place.context
         state = context.payload
+        if self.schedule.made_for is not None:
+            self.schedule.made_for.check_step(place.step, place.timestep)
         # A call in doubt may belong to another generation: what went before must not reach its forecasts either.
         if (
             place.new_generation
@@ -79,6 +83,8 @@ class Driver:
             or state.regions is not steps.regions
         ):
             state = context.payload = CacheState(steps.regions, self.schedule.adaptive)
+        elif place.refining:
+            state = context.payload = self._come_back(place, state)
         try:
             rebuilt = self._rebuild(steps, place, state) if self.schedule.branch is not None else None
         except BaseException:
@@ -97,10 +103,22 @@ class Driver:
             context.restart()
             raise
         self.record.add(decision)
-        if place.new_generation:  # every slot is allocated at the first refresh
+        if place.new_generation or place.refining:  # otherwise every slot is allocated at the first refresh
             contexts = self.recognizer.contexts.values()
-            self.record.cache_bytes = sum(c.payload.nbytes for c in contexts if isinstance(c.payload, CacheState))
+            states = [state for c in contexts for state in (c.payload, *c.visited.values())]
+            self.record.cache_bytes = bytes_of([state for state in states if isinstance(state, CacheState)])
         return outputs
+
+    @staticmethod
+    def _come_back(place: Place, latest: CacheState) -> CacheState:
+        """Where a sampler refines, the call before may lie at another timestep: what is compared and reused is what was
+        known when this timestep was seen last."""
+        visited = place.context.visited
+        if len(visited) >= _VISITED:
+            del visited[next(iter(visited))]
+        state: CacheState = visited.pop(place.position, None) or latest.copy()
+        visited[place.position] = state
+        return state
 
     def _share(self, steps: StepSet, allowed: Reused, state: CacheState) -> None:
         """Average what guidance branches share, before it is reused."""
@@ -187,7 +205,12 @@ class Driver:
         )
 
     def _rows(
-        self, steps: StepSet, reused: Reused, state: CacheState, step: int, ratios: Mapping[int, Mapping[str, float]]
+        self,
+        steps: StepSet,
+        reused: Reused,
+        state: CacheState,
+        position: int,
+        ratios: Mapping[int, Mapping[str, float]],
     ) -> torch.Tensor | None:
         """The forecast weights of all regions, in slot order: float32 [regions, slots]; None if no history is deep.
 
@@ -202,7 +225,7 @@ class Driver:
             row = [0.0] * width
             if region.name in reused:
                 forecast = self.schedule.rules[region.rule].forecast
-                weights = forecast.weights(history.positions, float(step), ratios.get(region.rule, {}))
+                weights = forecast.weights(history.positions, float(position), ratios.get(region.rule, {}))
                 row[: history.depth] = history.row([float(weight) for weight in weights])
             table.append(row)
             device = device or (region.cut[0].device if region.cut else None)
@@ -217,11 +240,11 @@ class Driver:
         turn = control.decide(steps, place, total, allowed, state, early.signals if early else {})
         key = steps.choice.serve(turn.wanted, steps.weight)
         turn.confirm(key)
-        feed.rows = self._rows(steps, key, state, place.step, turn.measured) if key else None
+        feed.rows = self._rows(steps, key, state, place.position, turn.measured) if key else None
         feed.live = early.live if early else {}
         results = steps.run(key, state, feed)
         for name, values in results.states.items():
-            state.histories[name].refresh(values, float(place.step))
+            state.histories[name].refresh(values, float(place.position))
         turn.finish({**(early.memory if early else {}), **results.memory}, results.signals)
         self.record.reads += turn.reads
         return results.users, self._decision(steps, place, key, reason, turn.verdicts)
@@ -240,12 +263,12 @@ class Driver:
         feed = Feed(users)
         if self.schedule.adaptive:
             return self._run_deciding(steps, place, reused, reason, state, feed)
-        feed.rows = self._rows(steps, reused, state, place.step, {})
+        feed.rows = self._rows(steps, reused, state, place.position, {})
         feed.predicates = {group: self._flags[refresh] for group, refresh in by_group.items()}
         results = steps.run(frozenset(), state, feed)
         for region in steps.regions:
             state.histories[region.name].take(results.states[region.name])
-            state.histories[region.name].shift(None if region.name in reused else float(place.step))
+            state.histories[region.name].shift(None if region.name in reused else float(place.position))
         return results.users, self._decision(steps, place, reused, reason)
 
     def _run_deciding(
@@ -259,7 +282,7 @@ class Driver:
         forced = not allowed
         device = steps.regions[0].cut[0].device
         total = self._total(place)
-        moment = (float(place.step), (place.step + 1) / total if total else 0.0)
+        moment = (float(place.position), (place.step + 1) / total if total else 0.0)
         feed.moment = torch.tensor(moment, dtype=torch.float32, device=device)
         led = self._lead if self._lead and self._lead[:2] == (rule, place.step) else None
         follows = led is not None and led[2] != place.context.name and not forced
@@ -272,7 +295,7 @@ class Driver:
             self._lead = (rule, place.step, place.context.name, results.decisions[str(rule)])
         for region in steps.regions:
             state.histories[region.name].take(results.states[region.name])
-            state.histories[region.name].shift(float(place.step) if forced else None)
+            state.histories[region.name].shift(float(place.position) if forced else None)
         pending = Verdict.pending(rule, results, forced or follows, place.new_generation or bool(place.doubt))
         names = frozenset(region.name for region in steps.regions)
         return results.users, self._decision(steps, place, names, reason, (pending,))

@@ -30,6 +30,10 @@ class StaleProgramError(CacheError, RuntimeError):
     """The model was changed after compilation in a way that cannot be carried into the compiled programs."""
 
 
+class CalibrationError(CacheError, ValueError):
+    """A sampling run cannot be measured, a target not met, or a calibrated schedule belongs to another run."""
+
+
 class ExportError(CacheError, RuntimeError):
     """An artefact cannot be written as asked; nothing is left behind."""
 

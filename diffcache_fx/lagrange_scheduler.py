@@ -102,6 +102,7 @@ class LagrangeScheduler(SchedulerMixin, ConfigMixin):
                 raise ScheduleError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self.flow: ProbabilityFlow = FlowMatching(self.config) if self.is_flow else VariancePreserving(self.config)
         self.num_inference_steps: int | None = None
+        self._calls: list[_Call] = []
         self.timesteps = torch.from_numpy(np.arange(num_train_timesteps)[::-1].copy().astype(np.float32))
         self._step_index: int | None = None
         self._begin_index: int | None = None
@@ -136,6 +137,11 @@ class LagrangeScheduler(SchedulerMixin, ConfigMixin):
     def step_index(self) -> int | None:
         """The number of the next model call."""
         return self._step_index
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """The round of refinement of each model call, in the order of `timesteps`; 0: what a step starts from."""
+        return tuple(call.round for call in self._calls)
 
     @property
     def begin_index(self) -> int | None:

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .demo.digits import Demo, load_digits
+from .demo.demo import Demo
+from .demo.digits import load_digits
 from .errors import CacheError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 FORMS = "`digits`, a diffusers folder or hub id, or `package.module:factory`"
 _INDEX = "model_index.json"
 PARTS = ("transformer", "unet", "prior", "decoder")
+DEMOS: dict[str, Callable[..., Demo]] = {"digits": load_digits}
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Target:
 
 def load_target(text: str) -> Target:
     """Find the model a command line names. Raises CacheError with one sentence if there is none."""
-    if text == "digits":
-        demo = load_digits()
-        return Target(text, demo.model, lambda step: _digits_call(demo, step), True, demo)
+    if text in DEMOS:
+        demo = load_demo(text)
+        return Target(text, demo.model, demo.example, True, demo)
     folder = Path(text)
     if folder.is_dir():
         return Target(text, _from_folder(folder), None)
@@ -64,14 +66,11 @@ def load_target(text: str) -> Target:
     raise CacheError(f"there is no model {text!r}: give {FORMS}")
 
 
-def _digits_call(demo: Demo, step: int) -> Call:
-    """One step of ten digits with both halves of guidance: images [20, 1, 32, 32] float32."""
-    generator = torch.Generator().manual_seed(step)
-    count = 2 * demo.num_classes
-    labels = torch.cat((torch.arange(demo.num_classes), torch.full((demo.num_classes,), demo.null_class)))
-    moment = torch.full((count,), max(999 - 20 * step, 0), dtype=torch.int64)
-    images = torch.randn((count, *demo.image_shape), generator=generator)
-    return (images,), {"timestep": moment, "class_labels": labels}
+def load_demo(name: str, dtype: torch.dtype = torch.float32) -> Demo:
+    """One of the shipped demos. Raises CacheError for another name."""
+    if name not in DEMOS:
+        raise CacheError(f"no demo is called {name!r}: there are {', '.join(DEMOS)}")
+    return DEMOS[name](dtype)
 
 
 def _from_factory(text: str, module_name: str, factory_name: str) -> Target:

@@ -224,14 +224,8 @@ class StepProgram:
         return self.module.graph
 
     def copy(self) -> StepProgram:
-        """A program with a graph of its own (node names and metadata kept; submodules shared)."""
-        graph = fx.Graph()
-        memo: dict[fx.Node, fx.Node] = {}
-        result = graph.graph_copy(self.graph, memo, return_output_node=True)
-        assert isinstance(result, tuple)
-        value, output = result
-        graph.output(value).meta = copy.copy(output.meta)
-        return dataclasses.replace(self, module=fx.GraphModule(self.module, graph))
+        """A program with graphs of its own, those of conditionals' branches too (node names and metadata kept)."""
+        return dataclasses.replace(self, module=_copied(self.module))
 
     def replace(self, **changes: Any) -> StepProgram:
         return dataclasses.replace(self, **changes)
@@ -263,6 +257,20 @@ class StepProgram:
     def code(self) -> str:
         """The program as readable Python."""
         return self.module.print_readable(print_output=False)
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(module.graph, memo, return_output_node=True)
+    assert isinstance(result, tuple)
+    value, output = result
+    graph.output(value).meta = copy.copy(output.meta)
+    made = fx.GraphModule(module, graph)
+    for name, child in list(made.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(made, name, _copied(child))
+    return made
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

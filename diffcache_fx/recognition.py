@@ -38,6 +38,9 @@ class Context:
     conditioning: tuple[Any, ...] = ()
     num_steps: int | None = None
     payload: Any = None  # the driver's cache state
+    # Where a sampler refines: the timesteps of this generation in the order they first came, and the last states there.
+    places: dict[float, int] = field(default_factory=dict)
+    visited: dict[int, Any] = field(default_factory=dict)
 
     def restart(self) -> None:
         """Forget everything of the generation that went before."""
@@ -47,13 +50,18 @@ class Context:
 
 @dataclass
 class Place:
-    """Where a call belongs. doubt: why it must be computed although the schedule might reuse; empty if it need not."""
+    """Where a call belongs. doubt: why it must be computed although the schedule might reuse; empty if it need not.
+    position: where it lies on the axis of forecasts: the step, or where a sampler refines, the number of the timestep
+    among those of the generation. refining: a sampler may come back to a timestep.
+    """
 
     context: Context
     step: int
     new_generation: bool
     doubt: str = ""
     timestep: float | None = None  # where it could be read without a sync, or had to be
+    position: int = 0
+    refining: bool = False
 
 
 @dataclass
@@ -182,6 +190,7 @@ class Recognizer:
             if not fresh and step > context.step + 1:
                 doubt = doubt or "steps were left out"
         elif steps is not None and step >= steps:
+            self._check_overrun(context, t, steps)
             fresh = True
         elif not fresh and t is not None and not refining:
             fresh, doubt = self._by_timestep(context, t, doubt)
@@ -204,7 +213,9 @@ class Recognizer:
             step = explicit or 0
         self._remember(context, t)
         context.step, context.key = step, key
-        return Place(context, step, fresh, doubt, t)
+        refining = refining and t is not None
+        position = context.places.setdefault(t, len(context.places)) if refining and t is not None else step
+        return Place(context, step, fresh, doubt, t, position, refining)
 
     def _by_timestep(self, context: Context, t: float, doubt: str) -> tuple[bool, str]:
         """What the timestep says: a new generation, or a reason to compute."""
@@ -229,6 +240,17 @@ class Recognizer:
             return False, _BACK
         odd, context.unsettled = context.unsettled, ""
         return False, f"{odd} just before" if odd else doubt
+
+    def _check_overrun(self, context: Context, t: float | None, steps: int) -> None:
+        """A generation that begins goes back to the first timestep."""
+        if t is None or context.last_timestep is None or (t - context.last_timestep) * context.direction <= 0:
+            return
+        self._warn(
+            "overrun",
+            f"a run of {steps} steps (context {context.name!r}) is over, and its timesteps go on, at {t:g}: this call "
+            "began a new generation. Compile with the num_steps of the run, or give cache_context(step_index=, "
+            "num_inference_steps=)",
+        )
 
     @staticmethod
     def _remember(context: Context, t: float | None) -> None:

@@ -13,6 +13,7 @@ from .errors import ScheduleError, nearest
 from .forecasts import FORECASTS, Forecast, Hold
 from .guards import GUARDS, Always, Guard, Interval, Mask
 from .guidance import SHARES, Reconstruct
+from .provenance import Provenance
 from .references import REFERENCES
 from .selection import SELECTIONS, Selection, Trunk
 
@@ -77,7 +78,8 @@ class CacheSchedule:
     reuse steps of a generation for a region. memory_cap: most bytes of cache for one guidance branch; forecasts look
     back less far to stay below it. guidance: whether each guidance branch decides for itself ("apart"), or the one that
     is called first at a step decides for all ("together"); matters to adaptive guards only. branch: when and how the
-    unconditional guidance branch is rebuilt from the conditional one; None for never.
+    unconditional guidance branch is rebuilt from the conditional one; None for never. made_for: the run that it was
+    calibrated for; it is refused in others.
     """
 
     name: str = "custom"
@@ -89,11 +91,13 @@ class CacheSchedule:
     memory_cap: int | None = None
     guidance: str = "apart"
     branch: Reconstruct | None = None
+    made_for: Provenance | None = None
 
     def __post_init__(self) -> None:
-        if not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
-            raise ScheduleError(f"a schedule needs at least one Rule, not {self.rules!r}")
-        object.__setattr__(self, "rules", tuple(self.rules))
+        rules = (self.rules,) if isinstance(self.rules, Rule) else self.rules
+        if not isinstance(rules, (tuple, list)) or not rules or not all(isinstance(rule, Rule) for rule in rules):
+            raise ScheduleError(f"rules must be a Rule or several of them, not {self.rules!r}")
+        object.__setattr__(self, "rules", tuple(rules))
         _check_whole("warm_up", self.warm_up, 1)
         _check_whole("cool_down", self.cool_down, 0)
         for name in ("longest_reuse", "most_reuses", "memory_cap"):
@@ -103,6 +107,8 @@ class CacheSchedule:
             raise ScheduleError(f"guidance must be one of {', '.join(GUIDANCE)}, not {self.guidance!r}")
         if self.branch is not None:
             _check_member("branch", self.branch, (Reconstruct,))
+        if self.made_for is not None:
+            _check_member("made_for", self.made_for, (Provenance,))
         if not isinstance(self.name, str) or not self.name:
             raise ScheduleError(f"name must be a non-empty string, not {self.name!r}")
 
@@ -152,7 +158,9 @@ class CacheSchedule:
                 "make it again with this library, or install the library that wrote it"
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
-        return _decode_into(cls, fields, "schedule", {"rules": _decode_rules, "branch": _decode_branch})
+        return _decode_into(
+            cls, fields, "schedule", {"rules": _decode_rules, "branch": _decode_branch, "made_for": _decode_made_for}
+        )
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -232,6 +240,10 @@ def _decode_rules(data: Any) -> tuple[Rule, ...]:
 
 def _decode_branch(data: Any) -> Reconstruct | None:
     return None if data is None else _decode_kind(data, (Reconstruct,), "branch")
+
+
+def _decode_made_for(data: Any) -> Provenance | None:
+    return None if data is None else _decode_into(Provenance, data, "made_for")
 
 
 def _decode_rule(data: Any) -> Rule:

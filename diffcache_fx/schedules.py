@@ -58,7 +58,8 @@ def get(name: str, **options: Any) -> CacheSchedule:
 
 
 def resolve(schedule: CacheSchedule | str | Path | None) -> CacheSchedule:
-    """What a user may pass as a schedule: a CacheSchedule, a factory's name, the path of a saved one, or None."""
+    """What a user may pass as a schedule: a CacheSchedule, a factory's name (with options as on the command line,
+    "fora:interval=3"), the path of a saved one, or None."""
     if schedule is None:
         return default()
     if isinstance(schedule, CacheSchedule):
@@ -71,6 +72,10 @@ def resolve(schedule: CacheSchedule | str | Path | None) -> CacheSchedule:
             return CacheSchedule.from_pretrained(path)
         if path.suffix == ".json" or len(path.parts) > 1:
             raise ScheduleError(f"no schedule file at {path}")
+        if ":" in str(schedule):
+            from .arguments import parse_schedule  # which reads the factories from here
+
+            return parse_schedule(str(schedule))
         return get(str(schedule))
     raise ScheduleError(f"a schedule is a CacheSchedule, a name or a path, not {schedule!r}")
 

@@ -63,6 +63,13 @@ class RegionHistory:
             self.positions = [position, *self.positions][: self.depth]
         self.ages = list(range(len(self.positions)))
 
+    def copy(self) -> RegionHistory:
+        """One that goes on by itself. On a GPU slots are written to in place, so that it needs its own."""
+        made = RegionHistory(self.region)
+        made.slots = [[_own(slot) for slot in slots] for slots in self.slots]
+        made.ages, made.positions, made.shared = list(self.ages), list(self.positions), self.shared
+        return made
+
     def row(self, weights: Sequence[float]) -> list[float]:
         """Weights given newest first, as a row in slot order, padded with zeros."""
         row = [0.0] * self.depth
@@ -70,9 +77,16 @@ class RegionHistory:
             row[slot] = weight
         return row
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for slots in self.slots for tensor in slots if tensor is not None]
+
     @property
     def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for slots in self.slots for t in slots if t is not None)
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
+
+
+def _own(slot: torch.Tensor | None) -> torch.Tensor | None:
+    return slot.clone() if slot is not None and slot.device.type == "cuda" else slot
 
 
 @dataclass
@@ -90,10 +104,12 @@ class GuardState:
     last: dict[str, float] = field(default_factory=dict)
     graph: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        tensors = (*self.kept.values(), *self.graph.values())
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    def copy(self) -> GuardState:
+        """One that goes on by itself; guards put new tensors in place of those they keep."""
+        return GuardState(dict(self.numbers), dict(self.kept), self.pending, dict(self.last), dict(self.graph))
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.kept.values(), *self.graph.values()]
 
 
 class Reading:
@@ -129,6 +145,14 @@ class CacheState:
         self.difference: dict[str, torch.Tensor] = {}  # to the conditional branch: its low and high frequencies
         self.emphasis = (1.0, 1.0)  # what these are multiplied by
 
+    def copy(self) -> CacheState:
+        """The same state, from which the two go different ways."""
+        made = CacheState(self.regions)
+        made.histories = {name: history.copy() for name, history in self.histories.items()}
+        made.guards = {rule: guard.copy() for rule, guard in self.guards.items()}
+        made.difference, made.emphasis = dict(self.difference), self.emphasis
+        return made
+
     def missing(self) -> frozenset[str]:
         """Regions that were never refreshed in this generation and so cannot be reused."""
         return frozenset(name for name, history in self.histories.items() if not history.filled)
@@ -144,7 +168,18 @@ class CacheState:
                     slots[index] = torch.zeros(shape, dtype=value.dtype, device=value.device)
         return history.slots  # type: ignore[return-value]
 
+    def tensors(self) -> list[torch.Tensor]:
+        histories = [history.tensors() for history in self.histories.values()]
+        return [
+            tensor for held in (*histories, *(guard.tensors() for guard in self.guards.values())) for tensor in held
+        ]
+
     @property
     def nbytes(self) -> int:
-        guards = sum(guard.nbytes for guard in self.guards.values())
-        return sum(history.nbytes for history in self.histories.values()) + guards
+        return bytes_of([self])
+
+
+def bytes_of(states: Iterable[CacheState]) -> int:
+    """Bytes of memory that these states hold, what they share counted once."""
+    storages = [tensor.untyped_storage() for state in states for tensor in state.tensors()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

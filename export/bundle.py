@@ -100,7 +100,7 @@ def write_bundle(
             form=chosen.form,
             created_with={"diffcache_fx": __version__, "torch": torch.__version__, **job.versions},
             model=type(captured.module).__name__,
-            config=_config(captured.module),
+            config=config_of(captured.module),
             attributes=_attributes(captured.module),
             dtype=name_of_dtype(_dtype(captured.module)),
             device=device.type,
@@ -128,16 +128,21 @@ def write_bundle(
     return Path(folder)
 
 
-@contextmanager
-def staged(target: Path, overwrite: bool, marker: str = NAME) -> Iterator[Path]:
-    """A folder beside the target that takes its place once all is written; an error leaves nothing behind. A target
-    that is there is replaced if that is wanted and it holds the file `marker`."""
+def check_target(target: Path, overwrite: bool, marker: str = NAME) -> None:
+    """Raises ExportError where a folder is there that must not be replaced."""
     if target.exists() and not overwrite:
         raise ExportError(
             f"{target} exists already: choose another folder, or overwrite it (overwrite=True, --overwrite)"
         )
     if target.exists() and not (target / marker).is_file():
         raise ExportError(f"{target} is no bundle, so it is not overwritten: choose another folder")
+
+
+@contextmanager
+def staged(target: Path, overwrite: bool, marker: str = NAME) -> Iterator[Path]:
+    """A folder beside the target that takes its place once all is written; an error leaves nothing behind. A target
+    that is there is replaced if that is wanted and it holds the file `marker`."""
+    check_target(target, overwrite, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     staging.chmod(0o755)
@@ -207,7 +212,7 @@ def _dtype(module: torch.nn.Module) -> torch.dtype:
     return next(floating, torch.float32)
 
 
-def _config(module: torch.nn.Module) -> dict[str, Any]:
+def config_of(module: torch.nn.Module) -> dict[str, Any]:
     """The model's configuration, as far as JSON can tell it."""
     config = getattr(module, "config", None)
     found = dict(config) if isinstance(config, Mapping) else {}

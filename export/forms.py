@@ -40,6 +40,12 @@ class Chosen:
     groups: dict[str, str]
 
 
+def check_form(form: str | None) -> None:
+    """Raises ExportError for what is no form; None is for the one that fits."""
+    if form is not None and form not in FORMS:
+        raise ExportError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+
+
 def choose(captured: Captured, form: str | None, num_steps: int | None, hoist: bool = False) -> Chosen:
     """The programs of a form. form None: "split" where a guard measures within the step, else "pair". hoist: see
     InsertGuards.
@@ -52,8 +58,7 @@ def choose(captured: Captured, form: str | None, num_steps: int | None, hoist: b
     lagged = captured.options.decide == "lagged"
     if form is None:
         form = "split" if measures and not lagged else "pair"
-    if form not in FORMS:
-        raise ExportError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+    check_form(form)
     if form == "pair" and measures and not lagged:
         raise ExportError(
             "this schedule decides by a signal that is measured within the step, which a pair of programs cannot do: "
@@ -87,8 +92,11 @@ def choose(captured: Captured, form: str | None, num_steps: int | None, hoist: b
         found |= {name: (name, captured.extra(name)) for name in (DIFFERENCE, REBUILD)}
     used = frozenset[str]().union(*choice.programs)
     idle = frozenset(region.name for region in captured.program.regions if region.name not in used)
-    last = (Deduplicate(),) if form == "branch" or not idle else (DropState(idle), Deduplicate())
-    programs = {name: run_passes(program, last) for name, (_, program) in found.items()}
+    programs = {}
+    for name, (_, program) in found.items():
+        unused = idle & {region.name for region in program.regions} if form != "branch" else frozenset()
+        last = (DropState(unused), Deduplicate()) if unused else (Deduplicate(),)
+        programs[name] = run_passes(program, last)
     keys = {name: key for name, (key, _) in found.items()}
     return Chosen(form, num_steps, programs, keys, choice, groups)  # type: ignore[arg-type]
 

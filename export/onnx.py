@@ -14,6 +14,7 @@ from diffcache_fx.program import StepProgram
 from .bundle import Job, Told, Written, version_of, write_bundle
 from .exported_program import weights_of
 from .onnx_model import LARGEST, check_model, conditionals_in, to_model
+from .onnx_rules import with_constants
 from .weights_file import NAME as WEIGHTS
 from .weights_file import WeightsFile
 
@@ -64,6 +65,7 @@ def write_models(job: Job, external_data: bool | None = None) -> dict[str, Writt
     found = {}
     for name, program in programs.items():
         job.tell(f"{name}: to ONNX")
+        program = with_constants(program, job.parameters)
         apart = len(programs) > 1 if external_data is None else external_data
         apart = apart or _bytes_of(program, job.parameters) > LARGEST
         conditionals = write_model(program, job.parameters, job.folder / f"{name}.onnx", shared if apart else None)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffcache_fx.passes.decompose import Decompose
 from diffcache_fx.passes.everywhere import everywhere
+from diffcache_fx.passes.fold_constants import LARGEST, FoldConstants
 from torch import fx
 
 from diffcache_fx.program import StepProgram
@@ -37,11 +39,70 @@ def _sort(x: torch.Tensor, *, stable: bool | None, dim: int = -1, descending: bo
     return aten.sort.default(x, dim, descending)
 
 
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, *rest: Any, **by_name: Any
+) -> Any:
+    """The exporter takes [batch, heads, tokens, width] only."""
+    if not q.dim() == k.dim() == v.dim() == 3:
+        return NotImplemented
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    return aten.scaled_dot_product_attention.default(q, k, v, mask, *rest, **by_name).squeeze(1)
+
+
 def _flex_attention(*args: Any) -> Any:
     """By its definition, over all pairs of queries and keys."""
     from torch._higher_order_ops.flex_attention import math_attention
 
     return math_attention(*args)
+
+
+def _smoothed(kind: Any) -> Callable[..., Any]:
+    """Resizing that guards against aliasing is linear along each axis: two products with matrices, which are what the
+    operator makes of the unit vectors. ONNX Runtime's weights near an edge are others than PyTorch's, and TensorRT has
+    no such operator at all."""
+
+    def rule(x: torch.Tensor, size: Any, aligned: bool, *given: Any) -> Any:
+        scales = list(given[0] or [None, None]) if given and isinstance(given[0], (list, tuple)) else [*given]
+        scales = [*scales, None, None][:2]
+        old = x.shape[-2:]
+        new = size or [int(length * scale) for length, scale in zip(old, scales, strict=True)]
+        lengths = (*old, *new)
+        if not x.is_floating_point() or not all(isinstance(length, int) for length in lengths):
+            return NotImplemented
+        if max(a * b for a, b in zip(old, new, strict=True)) > LARGEST:
+            return NotImplemented
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+        def weights(axis: int) -> torch.Tensor:
+            unit = torch.eye(old[axis], dtype=wide, device=x.device)[None, None]
+            made = kind(unit, [new[axis], old[axis]], aligned, scales[axis], None)
+            return made[0, 0].T.to(x.dtype)
+
+        return (x @ weights(1)).transpose(-1, -2).matmul(weights(0)).transpose(-1, -2)
+
+    return rule
+
+
+_SMOOTHED = {
+    overload: _smoothed(packet.default)
+    for packet in (aten._upsample_bicubic2d_aa, aten._upsample_bilinear2d_aa)
+    for overload in (packet.default, packet.vec)
+}
+
+
+def with_constants(program: StepProgram, parameters: Callable[[str], torch.Tensor] | None) -> StepProgram:
+    """A program as it is written: what depends on no input is a constant (parameters: see FoldConstants)."""
+    return FoldConstants(parameters)(Decompose(_SMOOTHED, _of_inputs)(program))
+
+
+def _of_inputs(node: fx.Node) -> bool:
+    """Whether what is resized is more than the unit vectors, which the rule itself resizes."""
+    source: Any = node.args[0]
+    while source.op == "call_function" and source.target is aten.unsqueeze.default:
+        source = source.args[0]
+    return source.target is not aten.eye.default
 
 
 RULES: dict[Any, Callable[..., Any]] = {
@@ -50,6 +111,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.masked_fill.Scalar: _masked_fill,
     aten.mul.Tensor: _product,
     aten.sort.stable: _sort,
+    aten.scaled_dot_product_attention.default: _attention,
     torch.ops.higher_order.flex_attention: _flex_attention,
 }
 
@@ -58,6 +120,8 @@ def concerned(node: fx.Node) -> bool:
     """Whether a node is of the types that its rule is for."""
     if node.target is aten.index.Tensor:
         return any(_narrow(index.meta["val"]) for index in node.args[1] if index is not None)  # type: ignore[union-attr]
+    if node.target is aten.scaled_dot_product_attention.default:
+        return node.args[0].meta["val"].dim() == 3  # type: ignore[union-attr]
     if node.target in (aten.sort.stable, torch.ops.higher_order.flex_attention):
         return True
     values = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]

@@ -25,9 +25,11 @@ def lower(program: StepProgram, **options: Any) -> Lowered:
     Raises CacheError where ONNX cannot say the program, or the runtime is not installed.
     """
     from .onnx import write_model
+    from .onnx_rules import with_constants
     from .run_onnx import open_model
 
     device = _device(program)
+    program = with_constants(program, None)
     try:
         with tempfile.TemporaryDirectory(prefix="diffcache_fx") as folder:
             path = Path(folder) / "step.onnx"

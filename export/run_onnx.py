@@ -109,6 +109,7 @@ class _Session:
         self._outputs = [(port, dtype_named(port.dtype)) for port in program.outputs]
         self._symbols = Symbols([port.shape for port in program.inputs])
         self._here = {entry.name for entry in session.get_inputs()}
+        self._nothing = torch.zeros(1, device=device)
         self._check(program.inputs, session)
 
     def _check(self, ports: Sequence[Port], session: Any) -> None:
@@ -151,11 +152,11 @@ class _Session:
         return self._local.binding, self._local.bound
 
     def _place(self, tensor: torch.Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
-        # An empty tensor has no address, and none is read.
+        # An empty tensor has no address; ONNX Runtime asks for one, and reads and writes nothing there.
         return (
             tensor.device.type,
             tensor.device.index or 0,
             _ELEMENT[tensor.dtype],
             tuple(tensor.shape),
-            tensor.data_ptr(),
+            tensor.data_ptr() or self._nothing.data_ptr(),
         )

@@ -20,6 +20,7 @@ class WeightsFile:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self._places: dict[Any, tuple[int, int]] = {}
+        self._held: list[torch.Tensor] = []  # another tensor would be taken for one of these where one was given back
         self._end = 0
 
     def place(self, tensor: torch.Tensor) -> tuple[int, int]:
@@ -40,6 +41,7 @@ class WeightsFile:
                 for block in _blocks(tensor):
                     file.write(block)
             self._places[key] = (start, length)
+            self._held.append(tensor)
             self._end = start + length
         return self._places[key]
 

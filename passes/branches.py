@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,10 +44,24 @@ def low_frequencies(value: torch.Tensor, radius: float) -> torch.Tensor:
     side."""
     height, width = value.shape[-2:]
     reach = int(min(height, width) * radius)
-    down = torch.fft.fftfreq(height, 1.0 / height, device=value.device)
-    across = torch.fft.fftfreq(width, 1.0 / width, device=value.device)
-    inside = (down[:, None] ** 2 + across[None, :] ** 2) <= reach**2
-    return torch.fft.ifft2(torch.fft.fft2(value) * inside).real.contiguous()
+    # By the cosines and sines of these few frequencies: a Fourier transform is complex, which no exporter takes.
+    down, across = (_waves(length, reach, value) for length in (height, width))
+    both = down @ value @ across.mT
+    first, last = slice(0, 2 * reach + 1), slice(2 * reach + 1, None)
+    frequency = torch.arange(-reach, reach + 1, device=value.device)
+    inside = frequency[:, None] ** 2 + frequency[None, :] ** 2 <= reach**2
+    real = torch.where(inside, both[..., first, first] - both[..., last, last], 0.0)
+    imaginary = torch.where(inside, both[..., last, first] + both[..., first, last], 0.0)
+    spectrum = torch.cat([torch.cat([real, imaginary], -1), torch.cat([imaginary, -real], -1)], -2)
+    return (down.mT @ spectrum @ across) / (height * width)
+
+
+def _waves(length: int, reach: int, like: torch.Tensor) -> torch.Tensor:
+    """[2 (2 reach + 1), length]: cosines, then sines, of the frequencies from -reach to reach."""
+    frequency = torch.arange(-reach, reach + 1, device=like.device)
+    turns = (frequency[:, None] * torch.arange(length, device=like.device)) % length
+    angle = turns.to(like.dtype) * (2 * math.pi / length)
+    return torch.cat([angle.cos(), angle.sin()])
 
 
 def _program(program: StepProgram, names: tuple[str, ...], function: Any, kind: OutputKind) -> StepProgram:

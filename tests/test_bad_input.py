@@ -197,11 +197,14 @@ def test_an_interval_that_is_no_count(every: Any) -> None:
         (lambda: Sublayers(kinds=("attn",)), ("kinds", "attention", "attn")),
         (lambda: Modules(()), ("patterns", "glob")),
         (lambda: Listed(()), ("groups", "at least one")),
-        (lambda: CacheSchedule(rules=()), ("at least one Rule",)),
+        (lambda: CacheSchedule(rules=()), ("a Rule or several", "()")),
+        (lambda: CacheSchedule(rules="fora"), ("a Rule or several", "'fora'")),  # type: ignore[arg-type]
+        (lambda: CacheSchedule(rules=3), ("a Rule or several", "3")),  # type: ignore[arg-type]
         (lambda: CacheSchedule(name=""), ("name",)),
         (lambda: schedules.get("intervall"), ("'intervall'", "'interval'")),
         (lambda: schedules.get("interval", evry=3), ("schedules.interval", "evry")),
         (lambda: compiled("fist_block"), ("'fist_block'",)),
+        (lambda: compiled("fora:intervall=3"), ("'intervall'", "'interval'")),
         (lambda: compiled("no/such/place.json"), ("no schedule file", "place.json")),
         (lambda: compiled(3), ("a schedule is", "3")),
     ],

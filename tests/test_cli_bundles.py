@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,25 @@ def test_failures_are_one_sentence(digits: Path, tmp_path: Path) -> None:
     assert "is no bundle" in failure("run", tmp_path)
     assert "must be a JSON object" in failure("run", digits, "--pipeline", tmp_path, "--call", "[1]")
     assert "holds no model_index.json" in failure("run", digits, "--pipeline", tmp_path)
+
+
+def test_inspect_finds_a_changed_file(digits: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(digits, tmp_path / "copy")
+    assert "all files are as written" in run("inspect", copy).output
+    content = bytearray((copy / "weights.bin").read_bytes())
+    content[1000] ^= 1
+    (copy / "weights.bin").write_bytes(content)
+    assert "weights.bin is not the file that was exported" in failure("inspect", copy)
+
+
+def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffcache_fx.models.load_target", lambda *_: pytest.fail("the model was loaded"))
+    assert "exists already" in failure("export", "digits", "-o", digits)
+    assert "form must be one of pair, split, branch, not 'tree'" in failure(
+        "export", "digits", "--form", "tree", "-o", tmp_path / "x"
+    )
 
 
 def test_doctor_tells_what_each_runtime_can_do() -> None:

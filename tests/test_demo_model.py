@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from diffcache_fx.demo import digits
-from diffcache_fx.demo.digits import Demo, load_digits
+from diffcache_fx.demo.demo import Demo
+from diffcache_fx.demo.digits import load_digits
+from diffcache_fx.demo.files import build, read_tensors
 from diffcache_fx.demo.sampling import generate, image_grid, initial_noise, sample_generators
 
 
@@ -35,7 +37,7 @@ def test_files_are_small() -> None:
 
 def test_weights_are_float16_and_finite() -> None:
     for name in (digits.WEIGHTS, digits.CLASSIFIER):
-        floating = [v for v in digits.read_tensors(name).values() if v.is_floating_point()]
+        floating = [v for v in read_tensors(name).values() if v.is_floating_point()]
         assert {v.dtype for v in floating} == {torch.float16}
         assert all(v.isfinite().all() for v in floating)
 
@@ -68,7 +70,7 @@ def test_scheduler_is_fresh(demo: Demo) -> None:
 
 def test_unknown_class_name_is_an_error() -> None:
     with pytest.raises(ValueError, match="no class 'NoSuchModel'"):
-        digits.build({"_class_name": "NoSuchModel"})
+        build({"_class_name": "NoSuchModel"})
 
 
 def test_reference_features(demo: Demo) -> None:

@@ -42,10 +42,32 @@ def _flex(x: torch.Tensor) -> torch.Tensor:
     return flex_attention(heads, heads, heads, score_mod=_near).transpose(1, 2).reshape(x.shape)  # type: ignore[union-attr]
 
 
+def _one_head(x: torch.Tensor) -> torch.Tensor:
+    near = (torch.arange(6)[:, None] - torch.arange(6)).abs() < 3
+    found = nn.functional.scaled_dot_product_attention(x, x, x)
+    return found + nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=near.expand(x.shape[0], 6, 6))
+
+
 def _smaller_and_larger(x: torch.Tensor) -> torch.Tensor:
     sizes = (x.unsqueeze(1), (9, 5)), (x.unsqueeze(1), (4, 16))
     first, second = (nn.functional.interpolate(a, size, mode="bicubic", antialias=True) for a, size in sizes)
     return x + first.mean() + second.mean(dim=(2, 3)).sum()
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    first = nn.functional.interpolate(x.unsqueeze(1), (4, 5), mode="bicubic", antialias=True, align_corners=True)
+    second = nn.functional.interpolate(x.unsqueeze(1), scale_factor=0.5, mode="bilinear", antialias=True)
+    return x + first.std() + second.std(dim=(2, 3)).sum()
+
+
+def _frequencies(x: torch.Tensor) -> torch.Tensor:
+    """The last place of a table's largest entry is a tenth of a turn."""
+    table = torch.exp(torch.linspace(0.0, 13.8, 8))
+    return x + torch.sin(table * x.round())
+
+
+def _orthogonal(x: torch.Tensor) -> torch.Tensor:
+    return x @ torch.linalg.qr(torch.arange(64.0).sin().reshape(8, 8))[0]
 
 
 class Block(nn.Module):
@@ -76,7 +98,9 @@ X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
-    "step", [_narrow_index, _booleans, _order, _flex, _smaller_and_larger], ids=lambda step: step.__name__
+    "step",
+    [_narrow_index, _booleans, _order, _flex, _one_head, _smaller_and_larger, _aligned, _frequencies, _orthogonal],
+    ids=lambda step: step.__name__,
 )
 def test_through_onnx_runtime(step: Step, tmp_path: Path) -> None:
     model = Blocks(step).eval()
@@ -140,3 +164,34 @@ def test_values_that_decide_a_shape_are_part_of_the_bundle(tmp_path: Path, monke
     monkeypatch.setattr("diffcache_fx.export.describe._MOST_VALUES", 5)
     with pytest.raises(ExportError, match="the 6 values of 'mask' are part of the program"):
         export.to_onnx(cached, tmp_path / "other")
+
+
+class WithAbsentPast(nn.Module):
+    """What it hands from before the decision to after the blocks has no elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        past = torch.sin(x[:, 6:])
+        x = x * timestep
+        for block in self.blocks:
+            x = block(x)
+        return torch.cat([past, x], dim=1)
+
+
+def test_empty_values_cross_from_the_probe_to_the_rest(tmp_path: Path) -> None:
+    cached = compile_with_cache(
+        WithAbsentPast().eval(),
+        schedules.first_block_cache(10.0),
+        backend="eager",
+        num_steps=4,
+        example_inputs=((X, torch.tensor(1.0)), {}),
+    )
+    loaded = export.load_bundle(export.to_onnx(cached, tmp_path / "bundle", form="split"))
+    for count in range(4):
+        moment = torch.tensor(1.0 - count / 4)
+        with torch.no_grad():
+            assert relative_error(loaded(X, moment), cached(X, moment)) < 1e-5
+    assert loaded.stats().reused == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from diffcache_fx import (
     ScheduleError,
     Trunk,
     compile_with_cache,
+    export,
     schedules,
 )
 from diffcache_fx.guidance import Reconstruct, is_unconditional
@@ -263,6 +265,16 @@ def test_the_unconditional_branch_is_rebuilt_by_the_formula(decide: Any, radius:
         cond.zero_()  # pipelines write to what they get
     assert rebuilt == ".bb.bb.bb."
     assert parts[0].abs().amax() > 0.01 < parts[1].abs().amax()
+
+
+def test_a_bundle_rebuilds_the_branch_too(tmp_path: Path) -> None:
+    cached = painter(rebuilding(), example_inputs=((latents(0), moment(0), PROMPT), {}))
+    loaded = export.load_bundle(export.to_onnx(cached, tmp_path / "bundle"))
+    for step in range(6):
+        for name in TEXTS:
+            assert worst([call(loaded, step, name)], [call(cached, step, name)]) < 1e-5
+    assert [d.rebuilt for d in loaded.stats().decisions] == [d.rebuilt for d in cached.stats().decisions]
+    assert loaded.stats().decisions[-1].rebuilt
 
 
 def test_a_rebuilt_branch_does_not_run_the_model() -> None:

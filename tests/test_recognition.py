@@ -113,6 +113,17 @@ def test_timestep_returns_to_the_first() -> None:
     assert track.cached.stats().syncs == 0
 
 
+def test_a_run_that_is_longer_than_said_begins_again_and_says_so() -> None:
+    track = Track(denoiser(num_steps=3))
+    for seed, t in enumerate(TIMES[:3] * 2):
+        track(latents(seed), time(t), PROMPT)
+    for seed, t in enumerate(TIMES[:3]):
+        track(latents(seed), time(t), PROMPT)
+    with pytest.warns(CacheWarning, match=r"a run of 3 steps .* is over, and its timesteps go on, at 300.*num_steps"):
+        track(latents(3), time(TIMES[3]), PROMPT)
+    assert track.kinds == "RuR" * 3 + "R"
+
+
 def test_upward_timesteps() -> None:
     track = Track(denoiser())
     for seed, t in enumerate(TIMES[::-1] * 2):
@@ -326,6 +337,27 @@ def test_refinement_said_by_the_context() -> None:
     for seed, t in enumerate(HEUN):
         track(latents(seed), time(t), PROMPT, context="cond", refinement=True)
     assert track.kinds == "RuRuRuRu"
+
+
+def test_a_sampler_that_comes_back_to_a_timestep_finds_what_was_kept_there() -> None:
+    """Two rounds over the nodes at 800 and 700: the second takes up the first, node by node."""
+    model, times = MODEL, (900.0, 800.0, 700.0, 800.0, 700.0)
+    cached = denoiser(every=2, refinement=True)  # refreshed: 900, 700 in the first round, 700 in the second
+    kept: dict[float, torch.Tensor] = {}
+    for step, t in enumerate(times):
+        x, shift = latents(step), torch.sin(time(t).reshape(-1, 1) * 0.01) + PROMPT
+        entered = model.blocks[0](x, shift)
+        if step % 2 == 0:
+            left = entered
+            for block in model.blocks[1:]:
+                left = block(left, shift)
+            kept[t] = left - entered
+        else:
+            kept[t] = kept.get(t, kept[times[step - 1]])  # a timestep that is new begins with the one before it
+        assert torch.allclose(cached(x, time(t), PROMPT), model.head(entered + kept[t]), atol=1e-6)
+    assert kinds(cached) == "RuRuR"
+    assert torch.equal(kept[800.0], kept[900.0])
+    assert cached.stats().cache_bytes == 2 * kept[900.0].nbytes  # of 900, which 800 took over, and of 700
 
 
 # --- contexts and step counts ---

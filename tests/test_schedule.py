@@ -147,3 +147,9 @@ def test_masks_of_one_schedule_cover_the_same_steps() -> None:
 def test_slots_are_the_most_any_forecast_asks_for() -> None:
     assert CacheSchedule(rules=(Rule(), Rule(Scale(1), Interval(), Linear()))).slots == 2
     assert schedules.interval(2).slots == 1
+
+
+def test_one_rule_is_enough_and_a_name_may_have_options() -> None:
+    rule = Rule(guard=Interval(4))
+    assert CacheSchedule("mine", rule) == CacheSchedule("mine", (rule,))  # type: ignore[arg-type]
+    assert schedules.resolve("interval:every=4,forecast=linear") == schedules.interval(4, forecast=Linear())

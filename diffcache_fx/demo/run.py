@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffcache_fx.comparison import Comparison, Denoiser, Progress, compare, image_fidelity
-from diffcache_fx.models import Call
+from diffcache_fx.models import Call, load_demo
 from diffcache_fx.schedule import CacheSchedule
 
-from .digits import Demo, load_digits
-from .sampling import generate, image_grid
+from .demo import Demo
+from .sampling import image_grid
 
 SEED = 0
 DEFAULT_SCHEDULES = (
@@ -25,7 +25,7 @@ DEFAULT_SCHEDULES = (
     "interval:every=5,forecast=linear",
     "fora:interval=3",
 )
-PICTURE, TABLE, DATA = "digits.png", "table.md", "table.json"
+TABLE, DATA = "table.md", "table.json"
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error
@@ -34,7 +34,8 @@ class _Enough(Exception):  # noqa: N818 - a signal, not an error
 
 @dataclass
 class Digits:
-    """A workload: each turn draws one image of each of the ten classes, with guidance, in one batch."""
+    """A workload: each turn draws one picture of a demo - an image for each label it shows - with guidance, in one
+    batch."""
 
     demo: Demo
     steps: int = 50
@@ -42,16 +43,14 @@ class Digits:
 
     @property
     def units(self) -> int:
-        return self.demo.num_classes
+        return len(self.demo.shown)
 
     @property
     def example(self) -> Call:
-        count = self.demo.num_classes * (1 if self.demo.guidance_scale == 1.0 else 2)
-        integers = torch.zeros(count, dtype=torch.int64)
-        return (torch.zeros(count, *self.demo.image_shape),), {"timestep": integers, "class_labels": integers.clone()}
+        return self.demo.example()
 
     def generate(self, denoiser: Denoiser, turn: int, limit: int | None, tick: Callable[[], None]) -> Tensor | None:
-        """Images [10, 1, 32, 32] in [-1, 1]; the noise depends on the turn and the class alone."""
+        """Images [10, *image_shape] in [-1, 1]; the noise depends on the turn and the label alone."""
 
         def progress(done: int, total: int) -> None:
             tick()
@@ -59,26 +58,22 @@ class Digits:
                 raise _Enough
 
         try:
-            return generate(
+            return self.demo.draw(
                 denoiser,
-                self.demo.scheduler(),
-                range(self.demo.num_classes),
+                self.demo.shown,
                 num_steps=self.steps,
-                guidance_scale=self.demo.guidance_scale,
                 seed=SEED,
-                batch_size=self.demo.num_classes,
+                batch_size=self.units,
                 progress=progress,
-                null_class=self.demo.null_class,
-                image_shape=self.demo.image_shape,
-                first_index=turn * self.demo.num_classes,
+                first_index=turn * self.units,
             )
         except _Enough:
             return None
 
     def fidelity(self, outputs: list[Tensor], reference: list[Tensor]) -> dict[str, float]:
-        """PSNR to the uncached images, and the share of images in which the classifier reads the class asked for."""
-        read, _ = self.demo.classifier.predict(torch.cat(outputs))
-        wanted = torch.arange(self.demo.num_classes).repeat(len(outputs))
+        """PSNR to the uncached images, and the share of images in which the classifier reads what was asked for."""
+        read, _ = self.demo.read(torch.cat(outputs))
+        wanted = torch.tensor(self.demo.shown).repeat(len(outputs))
         return {**image_fidelity(outputs, reference), "accuracy": float((read == wanted).float().mean())}
 
 
@@ -86,16 +81,17 @@ def run_demo(
     schedules: Mapping[str, CacheSchedule],
     out: Path,
     *,
+    name: str = "digits",
     steps: int = 50,
     images: int = 5,
     backend: str = "inductor",
     progress: Progress | None = None,
 ) -> Comparison:
-    """Draw `images` digits of each class with every contender; write picture, table and data into the folder `out`."""
-    demo = load_digits()
-    found = compare(
-        "digits", demo.model, schedules, Digits(demo, steps), rounds=images, backend=backend, progress=progress
-    )
+    """Draw `images` pictures of the demo `name` with every contender; write picture, table and data into the folder
+    `out`."""
+    demo = load_demo(name)
+    work = Digits(demo, steps)
+    found = compare(name, demo.model, schedules, work, rounds=images, backend=backend, progress=progress)
     write(found, out)
     return found
 
@@ -103,8 +99,8 @@ def run_demo(
 def write(found: Comparison, out: Path) -> None:
     """The picture and the table of a finished comparison."""
     out.mkdir(parents=True, exist_ok=True)
-    picture(found).save(out / PICTURE)
-    (out / TABLE).write_text(f"# Digits, {found.steps} DDIM steps, {found.backend}\n\n{found.markdown()}\n{NOTES}")
+    picture(found).save(out / f"{found.model}.png")
+    (out / TABLE).write_text(f"# {found.model}, {found.steps} steps, {found.backend}\n\n{found.markdown()}\n{NOTES}")
     (out / DATA).write_text(found.json())
 
 

@@ -1,10 +1,10 @@
-"""Draw samples from a class-conditional denoiser with a diffusers scheduler and classifier-free guidance."""
+"""Draw samples from a conditional denoiser with a diffusers scheduler and classifier-free guidance."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,20 +24,27 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, 
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def call_denoiser(denoiser: Denoiser, context: str, images: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+def call_denoiser(
+    denoiser: Denoiser, context: str, images: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]
+) -> Tensor:
     """One call; inside ``denoiser.cache_context(context)`` where the denoiser has such a method.
 
-    ``images`` [N, C, H, W], ``timestep`` [N] int64, ``labels`` [N] int64; the answer [N, C, H, W] in float32, taken
-    from a tensor, a tuple's first element or an output's ``sample``.
+    ``images`` [N, C, H, W], ``timestep`` [N], ``condition`` what else it takes, by name; the answer [N, C, H, W] in
+    float32, taken from a tensor, a tuple's first element or an output's ``sample``.
     """
     enter = getattr(denoiser, "cache_context", None)
     with enter(context) if enter is not None else contextlib.nullcontext():
-        output = denoiser(images, timestep=timestep, class_labels=labels)
+        output = denoiser(images, timestep=timestep, **condition)
     if isinstance(output, tuple | list):
         output = output[0]
     if not isinstance(output, Tensor):
         output = output.sample
     return output.float()
+
+
+def by_class(labels: Tensor) -> dict[str, Tensor]:
+    """How a class-conditional denoiser takes its labels."""
+    return {"class_labels": labels}
 
 
 @torch.no_grad()
@@ -54,6 +61,7 @@ def generate(
     batched_guidance: bool = True,
     null_class: int = 10,
     image_shape: tuple[int, int, int] = (1, 32, 32),
+    condition: Callable[[Tensor], dict[str, Tensor]] = by_class,
     first_index: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -61,7 +69,7 @@ def generate(
     """Sample one image for each label, [N, C, H, W] float32 on the CPU, clamped to [-1, 1].
 
     Args:
-        denoiser: called as ``denoiser(images, timestep=..., class_labels=...)``.
+        denoiser: called as ``denoiser(images, timestep=..., **condition(labels))``.
         scheduler: a diffusers scheduler; its timesteps are set anew for each batch.
         labels: the class asked for in each sample, [N] int64.
         num_steps: denoising steps of each sample.
@@ -74,6 +82,7 @@ def generate(
             the cache contexts ``cond`` and ``uncond`` where the denoiser has them (``cond_uncond`` for one call).
         null_class: the label that means "no class".
         image_shape: channels, height, width.
+        condition: what the denoiser takes for labels [N], by name; floating-point tensors are given in ``dtype``.
         first_index: the index of the first label's sample, to draw a part of a longer list.
         device: where the denoiser is.
         dtype: what the denoiser takes; the scheduler's arithmetic is float32.
@@ -91,16 +100,22 @@ def generate(
     for start in range(0, len(wanted), batch_size):
         cond = wanted[start : start + batch_size].to(device)
         uncond = torch.full_like(cond, null_class)
+        positive_side, negative_side, both_sides = (
+            {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in given.items()}
+            for given in (condition(cond), condition(uncond), condition(torch.cat((cond, uncond))))
+        )
         generators = sample_generators(seed, first_index + start, len(cond))
         scheduler.set_timesteps(num_steps)
-        latents = initial_noise(generators, image_shape).to(device) * float(scheduler.init_noise_sigma)
+        sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))  # schedulers of flows have none
+        latents = initial_noise(generators, image_shape).to(device) * sigma
         extra = {"generator": generators} if takes_generator else {}
         try:
             for step in scheduler.timesteps:
-                inputs = scheduler.scale_model_input(latents, step).to(dtype)
-                moment = step.to("cpu", torch.int64).expand(len(cond)).to(device)
+                scale = getattr(scheduler, "scale_model_input", None)
+                inputs = (latents if scale is None else scale(latents, step)).to(dtype)
+                moment = step.to("cpu").expand(len(cond)).to(device)
                 if not guided:
-                    output = call_denoiser(denoiser, "cond", inputs, moment, cond)
+                    output = call_denoiser(denoiser, "cond", inputs, moment, positive_side)
                 else:
                     if batched_guidance:
                         both = call_denoiser(
@@ -108,12 +123,12 @@ def generate(
                             "cond_uncond",
                             torch.cat((inputs, inputs)),
                             torch.cat((moment, moment)),
-                            torch.cat((cond, uncond)),
+                            both_sides,
                         )
                         positive, negative = both.chunk(2)
                     else:
-                        positive = call_denoiser(denoiser, "cond", inputs, moment, cond)
-                        negative = call_denoiser(denoiser, "uncond", inputs, moment, uncond)
+                        positive = call_denoiser(denoiser, "cond", inputs, moment, positive_side)
+                        negative = call_denoiser(denoiser, "uncond", inputs, moment, negative_side)
                     output = negative + guidance_scale * (positive - negative)
                 latents = scheduler.step(output, step, latents, **extra).prev_sample
                 steps_done += 1

@@ -1,0 +1,314 @@
+"""`calibrate`: state a target, have the model measured, get the schedule.
+
+One recorded generation tells how the regions' values move, a few more how their errors reach the final sample; the rest
+is planning (`planning`), and the plan is tried before it is returned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .compile import user_shapes
+from .errors import CalibrationError
+from .measure import compiled_baseline, interleaved
+from .planning import LONGEST, Planned, Planner
+from .provenance import Provenance, hash_of_weights
+from .recording import Recording, RecordingDenoiser
+from .schedule import CacheSchedule
+from .selection import Selection, Trunk
+from .targets import TARGETS, Latency, Psnr, RelativeL1, Speedup, Target
+from .trial import Trial, planned
+from .version import __version__
+
+Sampler = Callable[[Any, int], Tensor]
+Progress = Callable[[str, int, int], None]
+# Share of samples whose error stays below the one asked for.
+COVERED = 0.95
+_ROUNDS = 5
+# Of the steadiness in `planning`.
+TRIED = (0.03, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a calibration measured, beside its schedule. gains: [steps], how an error of the regions' values at a step
+    moves the final sample. plan: the chosen one. predicted: mean square error of the final sample that the plan's
+    objective tells; measured: what it was. speedup: measured, None where it was not asked for."""
+
+    schedule: CacheSchedule
+    recording: Recording
+    gains: np.ndarray[Any, Any]
+    plan: Planned
+    predicted: float
+    measured: float
+    speedup: float | None
+
+
+def calibrate(model: Any, sampler: Sampler, target: Target, **options: Any) -> CacheSchedule:
+    """The schedule of least error that meets a target; see `Calibration` for the options."""
+    return Calibration(model, sampler, **options).find(target).schedule
+
+
+class Calibration:
+    """A model measured under a sampler. Targets can be asked for one after another; what was measured is kept.
+
+    model: the denoiser, or a diffusers pipeline (whose denoiser is exchanged while it is measured).
+    sampler: called as sampler(denoiser, seed), or sampler(pipeline, seed): one generation with noise that depends on
+        the seed alone; returns the final samples [N, ...]. At least some twenty of them make errors meaningful.
+    regions, storage: as in `Rule`; they are refreshed and reused together. history: refreshed values that a forecast
+    sees, 1 to 3. longest: most reuses in a row. warm_up: steps at the start that refresh. memory_cap: most bytes of
+    cache for one guidance branch; shortens the history. probes: steps at which the way of an error to the final sample
+    is measured, each for a generation. describe: the sampler in words, for messages. progress: told of each stage.
+
+    Raises CalibrationError, naming what cannot be met.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sampler: Sampler,
+        *,
+        regions: Selection | None = None,
+        storage: str = "auto",
+        history: int = 3,
+        longest: int = LONGEST,
+        warm_up: int = 1,
+        memory_cap: int | None = None,
+        probes: int = 8,
+        backend: Any = "inductor",
+        refinement: bool = False,
+        seed: int = 0,
+        describe: str = "",
+        progress: Progress | None = None,
+        **backend_options: Any,
+    ) -> None:
+        self.model, self._sample = _within(model, sampler)
+        self.regions, self.storage = regions or Trunk(), storage
+        self.longest, self.warm_up, self.seed = longest, warm_up, seed
+        self._backend, self._backend_options = backend, backend_options
+        self._told = progress or (lambda stage, done, total: None)
+        self._told("record", 0, 1)
+        recorder = RecordingDenoiser(
+            self.model,
+            [(self.regions, storage)],
+            backend=backend,
+            refinement=refinement,
+            **backend_options,
+        )
+        self.reference = self._run(recorder, seed)
+        self.recording = recorder.recording()
+        self._told("record", 1, 1)
+        self.steps = self.recording.steps
+        self.history = self._fitting(history, memory_cap)
+        captured = recorder.current_signature().captured
+        timesteps = self.recording.timesteps
+        self.made_for = Provenance(
+            model=type(self.model).__name__,
+            weights=hash_of_weights(self.model),
+            steps=self.steps,
+            timesteps=() if None in timesteps else tuple(float(t) for t in timesteps if t is not None),
+            shapes=tuple(user_shapes(captured.program)),
+            sampler=describe,
+            version=__version__,
+        )
+        self.trial = Trial(
+            self.model, self.regions, storage, self.history, self.steps, backend, backend_options, refinement
+        )
+        self.gram = sum(region.gram for region in self.recording.regions).numpy()  # type: ignore[union-attr]
+        self.gains = self._measure_gains(probes)
+        self.planner = Planner(self.gram, self.gains, history=self.history, longest=self.longest, warm_up=self.warm_up)
+
+    # --- measuring -------------------------------------------------------------------------------------------------
+
+    def _run(self, denoiser: Any, seed: int) -> Tensor:
+        with torch.no_grad():
+            samples = self._sample(denoiser, seed)
+        if not isinstance(samples, Tensor) or samples.dim() < 2:
+            raise CalibrationError(
+                f"the sampler must return the final samples as a tensor [N, ...], not {type(samples).__name__}"
+            )
+        if not bool(samples.isfinite().all()):
+            raise CalibrationError("the sampler returned samples that are not finite")
+        return samples.detach().float().cpu()
+
+    def _fitting(self, history: int, cap: int | None) -> int:
+        """How many refreshed values fit below the cap."""
+        one = sum(region.nbytes for region in self.recording.regions)
+        if cap is None:
+            return history
+        if one > cap:
+            raise CalibrationError(
+                f"one copy of what is cached takes {one} bytes for a guidance branch, and memory_cap is {cap}: raise "
+                "it, or choose other regions"
+            )
+        return max(1, min(history, cap // one))
+
+    def _measure_gains(self, probes: int) -> np.ndarray[Any, Any]:
+        """At some steps, how far the final sample moves when the step before is held, over how far the value is off;
+        in between, by interpolation of logarithms."""
+        first = max(self.warm_up, 1)
+        if first >= self.steps:
+            raise CalibrationError(f"a run of {self.steps} steps with {self.warm_up} to warm up leaves none to reuse")
+        places = np.unique(np.linspace(first, self.steps - 1, max(probes, 2)).round().astype(int))
+        gains = []
+        for index, step in enumerate(places):
+            self._told("probe", index, len(places))
+            self.trial.follow([other != step for other in range(self.steps)], [(1.0,)] * self.steps)
+            moved = float((self._run(self.trial, self.seed) - self.reference).norm())
+            inner = self.gram[step, step] - 2 * self.gram[step, step - 1] + self.gram[step - 1, step - 1]
+            gains.append(max(moved, 1e-12) / math.sqrt(max(float(inner), 1e-24)))
+        self._told("probe", len(places), len(places))
+        return np.exp(np.interp(np.arange(self.steps), places, np.log(gains)))
+
+    # --- finding ---------------------------------------------------------------------------------------------------
+
+    def plan(self, refreshes: int) -> Planned:
+        """The best plan with so many refreshes, by the objective; nothing runs."""
+        return self.planner.plan(refreshes)
+
+    def best(self, refreshes: int) -> Planned:
+        """Of the plans with so many refreshes that trust the linear picture more or less, the one that comes nearest to
+        the uncached samples, as tried."""
+        plans = [self.planner.steadier(steadiness).plan(refreshes) for steadiness in TRIED]
+        return min(plans, key=self._moved)
+
+    def _moved(self, plan: Planned) -> float:
+        """Mean square error of the final samples under a plan."""
+        self.trial.follow(plan.bits, plan.rows)
+        return float((self._run(self.trial, self.seed) - self.reference).square().mean())
+
+    def schedule(self, plan: Planned) -> CacheSchedule:
+        """A plan as a schedule, with what it was made for."""
+        return planned(self.regions, self.storage, plan.bits, plan.rows, self.made_for)
+
+    def ideal(self, refreshes: int) -> float:
+        """Speed-up by executed FLOPs."""
+        full = self.recording.full_flops
+        saved = sum(region.flops for region in self.recording.regions)
+        return full * self.steps / (full * self.steps - saved * (self.steps - refreshes))
+
+    def find(self, target: Target) -> Findings:
+        """The schedule that meets a target. Raises CalibrationError where none does."""
+        if not isinstance(target, TARGETS):
+            known = ", ".join(kind.__name__ for kind in TARGETS)
+            raise CalibrationError(f"a target is one of {known}, not {target!r}")
+        speed: float | None = None
+        if isinstance(target, (Psnr, RelativeL1)):
+            plan = self._below(target)
+        else:
+            plan, speed = self._faster(target)
+        predicted = plan.error / self.reference.numel()
+        return Findings(self.schedule(plan), self.recording, self.gains, plan, predicted, self._moved(plan), speed)
+
+    def _least(self) -> int:
+        """The fewest refreshes that the longest run allows."""
+        return self.warm_up + math.ceil(max(self.steps - self.warm_up - self.longest, 0) / (self.longest + 1))
+
+    def errors(self, plan: Planned, target: Psnr | RelativeL1, seed: int) -> Tensor:
+        """Error of each sample under a plan, from the uncached samples of the same noise."""
+        reference = self._reference(seed)
+        self.trial.follow(plan.bits, plan.rows)
+        return target.error(self._run(self.trial, seed), reference)
+
+    def _reference(self, seed: int) -> Tensor:
+        if seed == self.seed:
+            return self.reference
+        self.trial.follow([True] * self.steps, [(1.0,)] * self.steps)
+        return self._run(self.trial, seed)
+
+    def _below(self, target: Psnr | RelativeL1) -> Planned:
+        """The plan with the fewest refreshes whose errors stay below the target in the share of samples that is to be
+        covered, one more than that among those drawn here."""
+        low, high = self._least(), self.steps
+        tried = 0
+        while low < high:
+            middle = (low + high) // 2
+            self._told("try", tried, 0)
+            tried += 1
+            if self._covers(self.plan(middle), target):
+                high = middle
+            else:
+                low = middle + 1
+        best = self.best(high)
+        self._told("try", tried, tried)
+        return best if self._covers(best, target) else self.plan(high)
+
+    def _covers(self, plan: Planned, target: Psnr | RelativeL1) -> bool:
+        errors = self.errors(plan, target, self.seed).sort().values
+        rank = min(math.ceil(COVERED * (len(errors) + 1)), len(errors))
+        return float(errors[rank - 1]) <= target.largest
+
+    def _faster(self, target: Speedup | Latency) -> tuple[Planned, float]:
+        """The plan with the most refreshes that is fast enough, as measured against the uncached model in turn."""
+        uncached = compiled_baseline(self.model, self._backend)
+        self._run(uncached, self.seed)
+        counts = sorted({self._least(), max(self._least() + 1, self.steps // 2)})
+        runs = {"uncached": lambda: self._run(uncached, self.seed)}
+        for count in counts:
+            runs[str(count)] = self._runner(self.plan(count))
+        timings = interleaved(runs, rounds=_ROUNDS, warmup=1, baseline="uncached")
+        few, many = (timings.median(str(count)) for count in (counts[0], counts[-1]))
+        slope = max((many - few) / max(counts[-1] - counts[0], 1), 1e-12)
+        wanted = target.seconds if isinstance(target, Latency) else timings.median("uncached") / target.times
+        count = min(int((wanted - few) / slope) + counts[0], self.steps)
+        while count >= self._least():
+            plan = self.best(count)
+            self._told("time", 0, 0)
+            timings = interleaved(
+                {"uncached": runs["uncached"], "cached": self._runner(plan)},
+                rounds=_ROUNDS,
+                warmup=1,
+                baseline="uncached",
+            )
+            speed = timings.speedup("cached").value
+            reached = wanted >= timings.median("cached") if isinstance(target, Latency) else speed >= target.times
+            if reached:
+                self._told("time", 1, 1)
+                return plan, speed
+            count -= 1
+        raise CalibrationError(
+            f"{target} cannot be met: with the fewest refreshes allowed ({self._least()} of {self.steps}) a generation "
+            f"takes {few:.3g} s and the uncached one {timings.median('uncached'):.3g} s. Allow longer runs of reuses, "
+            "or cache more of the model"
+        )
+
+    def _runner(self, plan: Planned) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            self.trial.follow(plan.bits, plan.rows)
+            return self._run(self.trial, self.seed)
+
+        return run
+
+
+def _within(model: Any, sampler: Sampler) -> tuple[nn.Module, Sampler]:
+    """The denoiser, and a sampler that takes one; of a pipeline, its denoiser is exchanged for the time of a run."""
+    if isinstance(model, nn.Module):
+        return model, sampler
+    from .models import PARTS
+
+    part = next((name for name in PARTS if isinstance(getattr(model, name, None), nn.Module)), None)
+    if part is None:
+        raise CalibrationError(
+            f"calibrate takes a denoiser (an nn.Module) or a pipeline with one under {', '.join(PARTS)}, not a "
+            f"{type(model).__name__}"
+        )
+    denoiser = getattr(model, part)
+
+    def sample(other: Any, seed: int) -> Tensor:
+        setattr(model, part, other)
+        try:
+            return sampler(model, seed)
+        finally:
+            setattr(model, part, denoiser)
+
+    return denoiser, sample
+
+
+__all__ = ["Calibration", "Findings", "calibrate"]

@@ -1,0 +1,112 @@
+"""The command that measures a model and writes the schedule for a target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .cli import Backend, Steps, app, bars, console, one_sentence
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="`digits`, or a diffusers pipeline folder", metavar="MODEL")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the schedule")],
+    speedup: Annotated[float | None, typer.Option(help="target: times as fast as the uncached compiled model")] = None,
+    latency: Annotated[float | None, typer.Option(help="target: seconds of a generation")] = None,
+    psnr: Annotated[float | None, typer.Option(help="target: dB to the uncached samples, in 95 % of them")] = None,
+    relative_l1: Annotated[float | None, typer.Option(help="target: largest relative L1 error")] = None,
+    steps: Steps = 50,
+    samples: Annotated[int, typer.Option(min=1, help="demo models: samples of a generation")] = 20,
+    call: Annotated[str, typer.Option(help="pipelines: arguments of the call, as JSON")] = "{}",
+    history: Annotated[int, typer.Option(min=1, max=3, help="refreshed values that a forecast sees")] = 3,
+    longest: Annotated[int, typer.Option(min=1, help="most reuses in a row")] = 12,
+    memory_cap: Annotated[int | None, typer.Option(help="most bytes of cache for one guidance branch")] = None,
+    backend: Backend = "inductor",
+) -> None:
+    """Measure a model under its sampler and write the schedule of least error that meets a target."""
+    with one_sentence():
+        from .calibration import Calibration
+        from .errors import CalibrationError
+        from .targets import Latency, Psnr, RelativeL1, Speedup, Target
+
+        given: list[tuple[float | None, Any]] = [
+            (speedup, Speedup),
+            (latency, Latency),
+            (psnr, Psnr),
+            (relative_l1, RelativeL1),
+        ]
+        targets: list[Target] = [kind(value) for value, kind in given if value is not None]
+        if len(targets) != 1:
+            raise CalibrationError("give one target: --speedup, --latency, --psnr or --relative-l1")
+        measured, sampler, name = _sampled(model, steps, samples, call)
+        with bars() as told:
+            work = Calibration(
+                measured,
+                sampler,
+                history=history,
+                longest=longest,
+                memory_cap=memory_cap,
+                backend=backend,
+                describe=name,
+                progress=told,
+            )
+            found = work.find(targets[0])
+        path = found.schedule.save_pretrained(out)
+        table = Table(
+            title=f"{model}, {name}, {work.steps} steps: {targets[0]}", show_header=False, title_justify="left"
+        )
+        table.add_row("refreshes", f"{len(found.plan.refreshes)} of {work.steps}: {_shown(found.plan.bits)}")
+        table.add_row("speed-up by FLOPs", f"{work.ideal(len(found.plan.refreshes)):.2f}")
+        if found.speedup is not None:
+            table.add_row("speed-up measured", f"{found.speedup:.2f}")
+        table.add_row("mean square error, predicted", f"{found.predicted:.3g}")
+        table.add_row("mean square error, measured", f"{found.measured:.3g}")
+        console.print(table)
+        console.print(f"wrote {path}: use it as --schedule {path}", highlight=False, soft_wrap=True)
+
+
+def _shown(bits: tuple[bool, ...]) -> str:
+    return "".join("R" if bit else "." for bit in bits)
+
+
+def _sampled(model: str, steps: int, samples: int, call: str) -> tuple[Any, Any, str]:
+    """What is calibrated, its sampler, and that in words."""
+    import torch
+
+    from .errors import CalibrationError
+    from .models import DEMOS, load_demo
+
+    if model in DEMOS:
+        demo = load_demo(model)
+        labels = torch.arange(samples) * 37 % demo.num_classes
+
+        def draw(denoiser: Any, seed: int) -> torch.Tensor:
+            return demo.draw(denoiser, labels, num_steps=steps, seed=seed, batch_size=samples)
+
+        return demo.model, draw, demo.scheduler_class.__name__
+    if not (Path(model) / "model_index.json").is_file():
+        raise CalibrationError(
+            f"calibrate samples {', '.join(DEMOS)} and diffusers pipeline folders, and {model!r} is neither: for other "
+            "models call diffcache_fx.calibrate from Python, with your own sampler"
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        options = json.loads(call)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"--call must be a JSON object of the pipeline's arguments: {error}") from error
+    if not isinstance(options, dict):
+        raise CalibrationError(f"--call must be a JSON object of the pipeline's arguments, not {call!r}")
+    pipe = DiffusionPipeline.from_pretrained(model)
+    options = {"num_inference_steps": steps, "output_type": "np", **options}
+
+    def run(pipeline: Any, seed: int) -> torch.Tensor:
+        made = pipeline(**options, generator=torch.Generator().manual_seed(seed))
+        return torch.as_tensor(made[0])
+
+    return pipe, run, type(pipe.scheduler).__name__

@@ -1,0 +1,230 @@
+"""calibrate: targets met, errors of one sentence, and what a calibrated schedule may be used for."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffcache_fx import CacheSchedule, Trunk, compile_with_cache, schedules
+from diffcache_fx.calibration import Calibration, calibrate
+from diffcache_fx.errors import CalibrationError
+from diffcache_fx.forecasts import Linear
+from diffcache_fx.targets import Latency, Psnr, RelativeL1, Speedup
+
+from .tiny_pipelines import CASES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS, SAMPLES = 12, 24
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return x + 0.3 * self.inner(x + shift)
+
+
+class Denoiser(nn.Module):
+    """Six residual blocks on 16 numbers, called once per step."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.width = width
+        self.blocks = nn.ModuleList(Block(width) for _ in range(6))
+        self.head = nn.Linear(width, width)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        shift = torch.sin(timestep * 0.004 + torch.arange(self.width))
+        for block in self.blocks:
+            sample = block(sample, shift)
+        return self.head(sample)
+
+
+MODEL = Denoiser().eval()
+
+
+def sampler(denoiser: Any, seed: int, steps: int = STEPS, start: float = 1000.0) -> torch.Tensor:
+    """Euler steps along what the denoiser says."""
+    sample = torch.randn(SAMPLES, 16, generator=torch.Generator().manual_seed(seed))
+    for step in range(steps):
+        sample = sample - denoiser(sample, torch.tensor(start * (1 - step / steps))) / steps
+    reset = getattr(denoiser, "reset", None)
+    if reset is not None:
+        reset()
+    return sample
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return Calibration(MODEL, sampler, backend="eager", describe="Euler")
+
+
+def drawn(schedule: CacheSchedule, seed: int) -> torch.Tensor:
+    with torch.no_grad():
+        return sampler(compile_with_cache(MODEL, schedule, backend="eager"), seed)
+
+
+def mse(schedule: CacheSchedule, seed: int) -> float:
+    with torch.no_grad():
+        return float((drawn(schedule, seed) - sampler(MODEL, seed)).square().mean())
+
+
+@pytest.mark.parametrize("target", [Psnr(45.0), Psnr(60.0), RelativeL1(0.003)])
+def test_errors_stay_below_the_one_asked_for(calibration: Calibration, target: Any) -> None:
+    schedule = calibration.find(target).schedule
+    kept = []
+    for seed in range(100, 110):  # noise it was not calibrated on
+        with torch.no_grad():
+            kept += (target.error(drawn(schedule, seed), sampler(MODEL, seed)) <= target.largest).tolist()
+    assert sum(kept) >= 0.95 * len(kept)
+    bits = schedule.rules[0].guard.bits  # type: ignore[union-attr]
+    assert sum(row[0] for row in bits) < STEPS  # and something is reused
+
+
+def test_stricter_targets_refresh_more(calibration: Calibration) -> None:
+    counts = [len(calibration.find(Psnr(db)).plan.refreshes) for db in (35.0, 50.0, 65.0)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
+
+
+def test_a_plan_beats_even_intervals_at_equal_cost(calibration: Calibration) -> None:
+    for every in (2, 3):
+        even = schedules.interval(every, forecast=Linear(), regions=Trunk())
+        plan = calibration.best(-(-STEPS // every))
+        ours = calibration.schedule(plan)
+        errors = [sum(mse(schedule, seed) for seed in range(50, 54)) for schedule in (ours, even)]
+        assert errors[0] < errors[1]
+
+
+def test_gains_tell_how_errors_reach_the_end(calibration: Calibration) -> None:
+    """Predicted and measured errors agree within a small factor, over two orders of magnitude."""
+    for count in (3, 5, 8):
+        plan = calibration.plan(count)
+        predicted, measured = plan.error / calibration.reference.numel(), mse(calibration.schedule(plan), 0)
+        assert predicted / 5 < measured < predicted * 5
+
+
+def test_a_latency_is_met_or_refused() -> None:
+    calibration = Calibration(MODEL, sampler, backend="eager", probes=2)
+    found = calibration.find(Latency(10.0))
+    assert len(found.plan.refreshes) == STEPS
+    with pytest.raises(CalibrationError, match=r"Latency\(seconds=1e-09\) cannot be met"):
+        calibration.find(Latency(1e-9))
+
+
+def test_a_pipeline_is_calibrated_and_left_as_it_was() -> None:
+    case = next(case for case in CASES if case.name == "DiTPipeline")
+    pipe = case.build()
+    before = pipe.transformer
+
+    def sample(pipe: Any, seed: int) -> torch.Tensor:
+        made = pipe(
+            class_labels=[1, 2], num_inference_steps=6, generator=torch.Generator().manual_seed(seed), output_type="np"
+        )
+        return torch.from_numpy(made.images)
+
+    schedule = calibrate(pipe, sample, Psnr(30.0, data_range=1.0), backend="eager", probes=2)
+    assert pipe.transformer is before
+    assert schedule.made_for is not None
+    assert (schedule.made_for.model, schedule.made_for.steps) == ("DiTTransformer2DModel", 6)
+    pipe.transformer = compile_with_cache(before, schedule, backend="eager", num_steps=6)
+    assert sample(pipe, 3).shape[0] == 2
+
+
+def test_the_cap_on_memory_shortens_the_history() -> None:
+    one = sum(region.nbytes for region in Calibration(MODEL, sampler, backend="eager", probes=2).recording.regions)
+    found = Calibration(MODEL, sampler, backend="eager", probes=2, memory_cap=one)
+    assert found.history == 1
+    with pytest.raises(CalibrationError, match="memory_cap is"):
+        Calibration(MODEL, sampler, backend="eager", probes=2, memory_cap=one - 1)
+
+
+# --- what a calibrated schedule may be used for ---
+
+
+@pytest.fixture(scope="module")
+def schedule(calibration: Calibration) -> CacheSchedule:
+    return calibration.find(Psnr(45.0)).schedule
+
+
+def test_it_is_a_file_like_any_other(schedule: CacheSchedule, tmp_path: Path) -> None:
+    schedule.save_pretrained(tmp_path)
+    again = CacheSchedule.from_pretrained(tmp_path)
+    assert again == schedule
+    assert torch.equal(drawn(again, 1), drawn(schedule, 1))
+
+
+def test_other_weights_are_refused_in_any_precision_they_are_the_same(schedule: CacheSchedule) -> None:
+    call = ((torch.zeros(SAMPLES, 16), torch.tensor(1.0)), {})
+    other = Denoiser().eval()
+    with torch.no_grad():
+        other.blocks[0].inner[0].weight.mul_(2)  # type: ignore[union-attr, operator]
+    for model, words in (
+        (other, "other weights"),
+        (Denoiser(8).eval(), "other weights"),
+        (nn.Linear(3, 3), "is a Linear"),
+    ):
+        with pytest.raises(CalibrationError, match=words):
+            compile_with_cache(model, schedule, backend="eager", example_inputs=call)
+    assert schedule.made_for is not None
+    schedule.made_for.check_model(Denoiser().to(torch.bfloat16))
+
+
+def test_other_steps_shapes_and_samplers_are_refused(schedule: CacheSchedule) -> None:
+    with pytest.raises(CalibrationError, match="calibrated for 12 steps and this run has 20"):
+        compile_with_cache(
+            MODEL, schedule, backend="eager", num_steps=20, example_inputs=((torch.zeros(2, 16), torch.tensor(1.0)), {})
+        )
+    cached = compile_with_cache(MODEL, schedule, backend="eager")
+    with (
+        torch.no_grad(),
+        pytest.raises(CalibrationError, match=r"calibrated for Euler whose timestep at step 0 is 1000"),
+    ):
+        sampler(cached, 0, start=900.0)
+    with pytest.raises(CalibrationError, match=r"shape \[24, 16\] and this call has \[3, 2, 16\]"):
+        compile_with_cache(
+            MODEL, schedule, backend="eager", example_inputs=((torch.zeros(3, 2, 16), torch.tensor(1.0)), {})
+        )
+    with torch.no_grad():
+        assert torch.isfinite(sampler(compile_with_cache(MODEL, schedule, backend="eager"), 5)).all()
+
+
+def test_bad_input() -> None:
+    def other(denoiser: Any, seed: int) -> Any:
+        sampler(denoiser, seed)
+        return [1.0]
+
+    def broken(denoiser: Any, seed: int) -> torch.Tensor:
+        return sampler(denoiser, seed) * torch.inf
+
+    for make, words in (
+        (lambda: calibrate("model", sampler, Psnr(30.0)), "an nn.Module"),
+        (lambda: calibrate(MODEL, other, Psnr(30.0), backend="eager"), "must return the final samples"),
+        (lambda: calibrate(MODEL, broken, Psnr(30.0), backend="eager"), "not finite"),
+        (lambda: calibrate(MODEL, lambda d, s: torch.zeros(2, 2), Psnr(30.0), backend="eager"), "nothing was recorded"),
+        (lambda: Speedup(0.5), "1 or more"),
+        (lambda: Psnr(float("nan")), "positive number"),
+        (lambda: RelativeL1("a"), "positive number"),  # type: ignore[arg-type]
+        (lambda: Latency(-1), "positive number"),
+    ):
+        with pytest.raises(CalibrationError, match=words):
+            make()
+
+
+def test_a_target_is_one_of_four(calibration: Calibration) -> None:
+    with pytest.raises(CalibrationError, match="a target is one of Speedup, Latency, Psnr, RelativeL1, not 2"):
+        calibration.find(2)  # type: ignore[arg-type]
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[str, int, int]] = []
+    calibrate(MODEL, sampler, Psnr(40.0), backend="eager", probes=3, progress=lambda *stage: told.append(stage))
+    assert [stage for stage, _ in itertools.groupby(name for name, _, _ in told)] == ["record", "probe", "try"]
