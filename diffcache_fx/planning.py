@@ -108,7 +108,8 @@ class Planner:
         multiples = np.linalg.solve(matrix + self._ridge * np.diag(scale), target)
         left = total - multiples @ basis
         error = max(float(left @ gram @ left), 0.0)
-        rows, objective = [(1.0,)] * self.steps, error
+        rows: list[tuple[float, ...]] = [(1.0,)] * self.steps
+        objective = error
         for step, past in known.items():
             mine = owner == step
             off = held[step] - multiples[mine] @ basis[mine]

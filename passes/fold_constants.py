@@ -138,8 +138,9 @@ def _fixed(graph: fx.Graph, known: Iterable[fx.Node], largest: int) -> tuple[set
 def _repeats(node: fx.Node) -> bool:
     """Whether it is a view with more elements than there are."""
     before, after = (getattr(n, "meta", {}).get("val") for n in (node.args[0] if node.args else None, node))
-    tensors = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
-    return is_view(node) and tensors and math.prod(after.shape) > math.prod(before.shape)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return is_view(node) and math.prod(after.shape) > math.prod(before.shape)
 
 
 def _foldable(node: fx.Node, largest: int) -> bool:
