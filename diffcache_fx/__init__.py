@@ -8,7 +8,7 @@ cache-guarded subgraphs, and lowers the result.
     pipe.transformer = compile_with_cache(pipe.transformer, schedules.first_block_cache(threshold=0.08))
 """
 
-from . import schedules
+from . import fitting, schedules
 from .adaptive import DraftError, OutputChange, ProbeChange, RelativeChange
 from .calibration import Calibration, calibrate
 from .compile import compile_with_cache
@@ -42,6 +42,7 @@ from .forecasts import (
 from .guards import Always, Interval, Magnitude, Mask, Steps
 from .guidance import Reconstruct
 from .lagrange_scheduler import LagrangeScheduler
+from .recording import Recording, RecordingDenoiser
 from .references import BlocksOutput, Latents, ModelOutput, ModulatedInput, TrunkInput
 from .schedule import CacheSchedule, Rule
 from .selection import Blocks, Listed, Modules, Scale, Sublayers, Trunk, Whole
@@ -86,6 +87,8 @@ __all__ = [
     "ProbeRatio",
     "Psnr",
     "Reconstruct",
+    "Recording",
+    "RecordingDenoiser",
     "RegionError",
     "RelativeChange",
     "RelativeL1",
@@ -105,5 +108,6 @@ __all__ = [
     "__version__",
     "calibrate",
     "compile_with_cache",
+    "fitting",
     "schedules",
 ]

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from diffcache_fx import CacheSchedule, Trunk, compile_with_cache, schedules
+from diffcache_fx import CacheSchedule, Trunk, compile_with_cache, export, schedules
 from diffcache_fx.calibration import Calibration, calibrate
 from diffcache_fx.errors import CalibrationError
 from diffcache_fx.forecasts import Linear
+from diffcache_fx.measure import relative_error
 from diffcache_fx.targets import Latency, Psnr, RelativeL1, Speedup
 
 from .tiny_pipelines import CASES
@@ -160,6 +161,15 @@ def test_it_is_a_file_like_any_other(schedule: CacheSchedule, tmp_path: Path) ->
     again = CacheSchedule.from_pretrained(tmp_path)
     assert again == schedule
     assert torch.equal(drawn(again, 1), drawn(schedule, 1))
+
+
+def test_it_leaves_python_like_any_other(schedule: CacheSchedule, tmp_path: Path) -> None:
+    call = ((torch.zeros(SAMPLES, 16), torch.tensor(1000.0)), {})
+    cached = compile_with_cache(MODEL, schedule, backend="eager", example_inputs=call)
+    loaded = export.load_bundle(export.to_onnx(cached, tmp_path / "bundle"))
+    with torch.no_grad():
+        assert relative_error(sampler(loaded, 4), sampler(cached, 4)) < 1e-4
+    assert loaded.stats().reused == cached.stats().reused > 0
 
 
 def test_other_weights_are_refused_in_any_precision_they_are_the_same(schedule: CacheSchedule) -> None:

@@ -1,0 +1,49 @@
+"""`calibrate` on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffcache_fx import CacheSchedule
+
+from .test_cli_bundles import failure, run
+from .tiny_pipelines import CASES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK = ("--backend", "eager", "--samples", 2, "--steps", 8)
+
+
+def test_it_writes_a_schedule_that_inspect_and_demo_take(tmp_path: Path) -> None:
+    result = run("calibrate", "digits", "--psnr", 30, "-o", tmp_path / "plan", *QUICK)
+    assert result.exit_code == 0, result.output
+    for words in ("refreshes", "speed-up by FLOPs", "mean square error, predicted", "cache_schedule.json"):
+        assert words in result.output
+    schedule = CacheSchedule.from_pretrained(tmp_path / "plan")
+    assert schedule.made_for is not None
+    assert (schedule.made_for.steps, schedule.made_for.sampler) == (8, "DDIMScheduler")
+    shown = run("inspect", "digits", "-s", tmp_path / "plan", "--steps", 8).output
+    assert "calibrated" in shown
+    assert "calibrated for 8 steps and this run has 9" in failure(
+        "inspect", "digits", "-s", tmp_path / "plan", "--steps", 9
+    )
+
+
+def test_a_pipeline_folder(tmp_path: Path) -> None:
+    next(case for case in CASES if case.name == "DiTPipeline").build().save_pretrained(tmp_path / "pipe")
+    call = '{"class_labels": [1, 2]}'
+    result = run("calibrate", tmp_path / "pipe", "--relative-l1", 0.2, "--call", call, "-o", tmp_path / "plan", *QUICK)
+    assert result.exit_code == 0, result.output
+    made_for = CacheSchedule.from_pretrained(tmp_path / "plan").made_for
+    assert made_for is not None
+    assert made_for.model == "DiTTransformer2DModel"
+
+
+def test_failures_are_one_sentence(tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "plan")
+    assert "give one target" in failure("calibrate", "digits", *out)
+    assert "give one target" in failure("calibrate", "digits", "--psnr", 30, "--speedup", 2, *out)
+    assert "a speed-up is 1 or more" in failure("calibrate", "digits", "--speedup", 0.5, *out)
+    assert "is neither" in failure("calibrate", "bench.zoo:make", "--psnr", 30, *out)
+    assert not (tmp_path / "plan").exists()
