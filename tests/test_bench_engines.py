@@ -21,7 +21,7 @@ def test_cells_of_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "interval 2": (schedules.interval(2), ("pair", "branch")),
     }
     monkeypatch.setattr(engines, "SCHEDULES", few)
-    cells = engines.cells_of("digits", 10, "cpu", ["torch.compile", "onnxruntime", "tensorrt"], 1)
+    cells = engines.cells_of("digits", 6, "cpu", ["torch.compile", "onnxruntime", "tensorrt"], 1)
     by_key = {cell.key: cell for cell in cells}
     assert len(cells) == 2 + 3 + 3 + 3
     for cell in cells:
@@ -41,7 +41,7 @@ def test_cells_of_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sheet.count("not run: an engine runs on a GPU") == 3
     assert plain(by_key["tensorrt | uncached | pair"])["run"] is False
     known = json.loads(json.dumps([plain(cell) for cell in cells]))
-    record = {"models": {"digits": {"title": "digits", "steps": 10, "cells": known}}}
+    record = {"models": {"digits": {"title": "digits", "steps": 6, "cells": known}}}
     assert engines.sheet(record).endswith(markdown("digits", cells))
     assert [cell_of(cell).key for cell in known] == [cell.key for cell in cells]
 
