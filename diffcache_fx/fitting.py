@@ -6,6 +6,8 @@ factory in `schedules` is given.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .errors import CalibrationError
@@ -36,11 +38,14 @@ def tea_coefficients(recording: Recording, degree: int = TEA_DEGREE) -> tuple[fl
         raise CalibrationError(
             f"a polynomial of degree {degree} needs a run of {degree + 2} steps or more, not {recording.steps}"
         )
-    changes = [
-        (change[1:] / size[:-1]).numpy()
-        for change, size in map(recording.quantities.get, ("modulated_input", "output"))  # type: ignore[misc]
-    ]
-    return tuple(float(c) for c in np.polyfit(*changes, degree))
+    x, y = (_changes(recording, name) for name in ("modulated_input", "output"))
+    return tuple(float(c) for c in np.polyfit(x, y, degree))
+
+
+def _changes(recording: Recording, name: str) -> np.ndarray[Any, Any]:
+    """Of a quantity, from each step to the next, over its size at the first of the two."""
+    change, size = recording.quantities[name]
+    return (change[1:] / size[:-1]).numpy()
 
 
 def smooth_plans(recording: Recording, alpha: float, lookahead: int = LOOKAHEAD) -> tuple[tuple[int, ...], ...]:
