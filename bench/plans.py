@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench.method_runs import Record, Runs, read_json, write_json
 from bench.method_settings import Setting, uncached
-from diffcache_fx import Calibration, Rows
+from diffcache_fx import Calibration, Rows, __version__
 
 FOLDER = Path(__file__).parent
 WORK, RESULTS = FOLDER / "work" / "plans", FOLDER / "results"
@@ -28,13 +28,15 @@ PUBLISHED = RESULTS / "methods.json"
 REFRESHES = (34, 24, 17, 11, 7)
 CALIBRATED_ON = 11  # a seed that no scored image has
 IMAGES = 20
+LONGEST = 20
 SLACK = 0.9  # of a plan's speed-up: what is compared with it may be so much slower
 
 
 def plans(runs: Runs) -> dict[int, dict[str, Any]]:
     """By number of refreshes: bits and rows. Measured once and kept."""
-    path = runs.work / "calibration.json"
-    made_for = {"steps": runs.steps, "dtype": str(runs.dtype), "refreshes": list(REFRESHES)}
+    path = runs.work / "plans-calibration.json"
+    made_for = {"steps": runs.steps, "dtype": str(runs.dtype), "refreshes": list(REFRESHES), "backend": runs.backend}
+    made_for |= {"images": IMAGES, "seed": CALIBRATED_ON, "longest": LONGEST, "version": __version__}
     known = read_json(path)
     if known.get("made_for") != made_for:
         demo, labels = runs.demo, torch.arange(IMAGES) % runs.demo.num_classes
@@ -42,7 +44,7 @@ def plans(runs: Runs) -> dict[int, dict[str, Any]]:
         def sampler(denoiser: Any, seed: int) -> torch.Tensor:
             return demo.draw(denoiser, labels, num_steps=runs.steps, seed=seed, batch_size=IMAGES, dtype=runs.dtype)
 
-        work = Calibration(demo.model, sampler, seed=CALIBRATED_ON, backend=runs.backend, longest=20)
+        work = Calibration(demo.model, sampler, seed=CALIBRATED_ON, backend=runs.backend, longest=LONGEST)
         found = {count: work.best(count) for count in REFRESHES}
         known = {
             "made_for": made_for,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,9 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the schedule")],
     speedup: Annotated[float | None, typer.Option(help="target: times as fast as the uncached compiled model")] = None,
     latency: Annotated[float | None, typer.Option(help="target: seconds of a generation")] = None,
-    psnr: Annotated[float | None, typer.Option(help="target: dB to the uncached samples, in 95 % of them")] = None,
+    psnr: Annotated[
+        float | None, typer.Option(help="target: dB to the uncached samples, in 95 % of those of other noise")
+    ] = None,
     relative_l1: Annotated[float | None, typer.Option(help="target: largest relative L1 error")] = None,
     steps: Steps = 50,
     samples: Annotated[int, typer.Option(min=1, help="demo models: samples of a generation")] = 20,
@@ -32,12 +35,14 @@ def calibrate(
     with one_sentence():
         from .calibration import Calibration
         from .errors import CalibrationError
+        from .models import DEMOS
         from .targets import Latency, Psnr, RelativeL1, Speedup, Target
 
+        data_range = 2.0 if model in DEMOS else 1.0  # of demo models' samples, and of what pipelines return
         given: list[tuple[float | None, Any]] = [
             (speedup, Speedup),
             (latency, Latency),
-            (psnr, Psnr),
+            (psnr, partial(Psnr, data_range=data_range)),
             (relative_l1, RelativeL1),
         ]
         targets: list[Target] = [kind(value) for value, kind in given if value is not None]
@@ -106,7 +111,13 @@ def _sampled(model: str, steps: int, samples: int, call: str) -> tuple[Any, Any,
     options = {"num_inference_steps": steps, "output_type": "np", **options}
 
     def run(pipeline: Any, seed: int) -> torch.Tensor:
-        made = pipeline(**options, generator=torch.Generator().manual_seed(seed))
-        return torch.as_tensor(made[0])
+        made = pipeline(**options, generator=torch.Generator().manual_seed(seed))[0]
+        try:
+            return torch.as_tensor(made)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CalibrationError(
+                f"the pipeline returns {type(made).__name__}, not an array: leave output_type out of --call, or say "
+                '"np", "pt" or "latent"'
+            ) from error
 
     return pipe, run, type(pipe.scheduler).__name__

@@ -312,7 +312,8 @@ def compile_with_cache(
         the decision and the conditionals inside. "lagged" lets the signal of a step decide the step after, so that
         every step is one straight program and nothing is waited for.
     max_programs: most specialised programs to compile; plans with more distinct steps refresh more. None: no bound.
-    refinement: the sampler may call the model more than once at one timestep.
+    refinement: the sampler may call the model more than once at one timestep; each of the last eight timesteps then
+        has cache state of its own (memory_cap counts one of them), and on a GPU the timestep is read at every step.
     backend_options: passed to the backend (Inductor config entries, `outlining=False`; for ONNX Runtime `providers` and
         `session_options`).
 

@@ -83,6 +83,8 @@ class Driver:
             or state.regions is not steps.regions
         ):
             state = context.payload = CacheState(steps.regions, self.schedule.adaptive)
+            if place.refining:
+                context.visited[place.position] = state
         elif place.refining:
             state = context.payload = self._come_back(place, state)
         try:
@@ -114,9 +116,10 @@ class Driver:
         """Where a sampler refines, the call before may lie at another timestep: what is compared and reused is what was
         known when this timestep was seen last."""
         visited = place.context.visited
-        if len(visited) >= _VISITED:
+        known = visited.pop(place.position, None)
+        if known is None and len(visited) >= _VISITED:
             del visited[next(iter(visited))]
-        state: CacheState = visited.pop(place.position, None) or latest.copy()
+        state: CacheState = known or latest.copy()
         visited[place.position] = state
         return state
 

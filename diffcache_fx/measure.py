@@ -260,9 +260,13 @@ def recorded_programs(
     return {key: bound(key) for key in seen}
 
 
-def compiled_baseline(module: nn.Module, backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    """What a cached denoiser is compared with: the module under torch.compile with this backend (eager: as is)."""
+def compiled_baseline(
+    module: nn.Module, backend: str | Callable[..., Any], options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """What a cached denoiser is compared with: the module under torch.compile with this backend (eager: as is) and its
+    options, where they are Inductor's."""
     if backend == "eager":
         return module
     find_backend(backend)
-    return torch.compile(module, backend=backend)
+    given = {name: value for name, value in (options or {}).items() if name != "outlining"}
+    return torch.compile(module, backend=backend, options=given or None)

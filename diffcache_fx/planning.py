@@ -50,7 +50,7 @@ class Planned:
 
 
 class Planner:
-    """Plans for one group of regions over one recorded run.
+    """Plans for one group of regions over one recorded run. A step that sees one refreshed value holds it.
 
     gram: [steps, steps] inner products of the values. gains: [steps], g_t. history: how many refreshed values a
     forecast sees. longest: most reuses in a row. warm_up: steps at the start that refresh.
@@ -91,18 +91,16 @@ class Planner:
         held, bases, owners = {}, [], []
         for step, past in known.items():
             held[step] = self.gains[step] * (_unit(self.steps, step) - _unit(self.steps, past[0]))
-            for index, older in enumerate(past):
+            for index, older in enumerate(past if len(past) > 1 else []):  # a single value is held as it is
                 moved = _unit(self.steps, older) - (_unit(self.steps, past[0]) if index else 0.0)
                 bases.append(self.gains[step] * moved)
                 owners.append(step)
-        if not bases:
-            return Planned(tuple(refreshes), ((1.0,),) * self.steps, 0.0, 0.0)
-        basis, owner = np.stack(bases), np.array(owners)
-        own = np.stack([held[step] for step in owner])
+        basis, owner = np.array(bases).reshape(-1, self.steps), np.array(owners, dtype=int)
+        own = np.array([held[step] for step in owners]).reshape(-1, self.steps)
         inner = basis @ gram @ basis.T
         alike = owner[:, None] == owner[None, :]
         matrix = inner + self.steadiness * np.where(alike, inner, 0.0)
-        total = np.sum(list(held.values()), axis=0)
+        total = np.sum([np.zeros(self.steps), *held.values()], axis=0)
         target = basis @ gram @ total + self.steadiness * np.einsum("ks,ks->k", basis @ gram, own)
         scale = np.diag(inner).clip(min=np.finfo(np.float64).tiny)
         multiples = np.linalg.solve(matrix + self._ridge * np.diag(scale), target)
@@ -114,9 +112,10 @@ class Planner:
             mine = owner == step
             off = held[step] - multiples[mine] @ basis[mine]
             objective += self.steadiness * max(float(off @ gram @ off), 0.0)
-            weights = multiples[mine].copy()
-            weights[0] += 1.0 - weights[1:].sum()
-            rows[step] = tuple(float(weight) for weight in weights[: len(past)])
+            if len(past) > 1:
+                weights = multiples[mine].copy()
+                weights[0] += 1.0 - weights[1:].sum()
+                rows[step] = tuple(float(weight) for weight in weights)
         return Planned(tuple(sorted(refreshes)), tuple(rows), error, objective)
 
     def _histories(self, refreshes: Sequence[int]) -> dict[int, list[int]]:
@@ -133,6 +132,8 @@ class Planner:
     def _own(self, past: Sequence[int], step: int) -> Array:
         """The least-squares weights of one step by itself."""
         rows = list(past)
+        if len(rows) == 1:
+            return np.ones(1)
         basis = np.eye(len(rows))
         basis[1:, 0] = -1.0
         inner = basis @ self.gram[np.ix_(rows, rows)] @ basis.T

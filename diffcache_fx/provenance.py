@@ -59,7 +59,7 @@ class Provenance:
             )
 
     def check_step(self, step: int, timestep: float | None) -> None:
-        """Raises CalibrationError where another sampler's timesteps come."""
+        """Raises CalibrationError where another sampler's timesteps come, as far as they can be read without a sync."""
         if timestep is None or step >= len(self.timesteps):
             return
         known = self.timesteps[step]
@@ -78,7 +78,8 @@ def hash_of_weights(model: nn.Module) -> str:
         if tensor.device.type == "meta":
             continue
         flat = tensor.detach().reshape(-1)
-        places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), _SAMPLED)).long()
+        count = min(len(flat), _SAMPLED)
+        places = torch.arange(count) * (len(flat) - 1) // max(count - 1, 1)
         sampled = flat[places.to(flat.device)].to("cpu", torch.bfloat16)
         digest.update(sampled.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -172,7 +172,8 @@ class Recognizer:
         if value.device.type != "cpu":
             steps = context.num_steps or self.num_steps
             known = steps is not None or (hints is not None and hints.step_index is not None)
-            if known and not self.needs_timestep:
+            refining = self.refinement or (hints is not None and hints.refinement)
+            if known and not self.needs_timestep and not refining:
                 return None
             if hints is not None and isinstance(hints.timestep, (int, float)):
                 return float(hints.timestep)

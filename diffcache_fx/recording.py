@@ -95,8 +95,8 @@ class _Run:
 class _RecordingDriver(Driver):
     """Runs the instrumented program at every step and keeps what it tells."""
 
-    def __init__(self, schedule: CacheSchedule, num_steps: int | None, refinement: bool, runs: list[_Run]) -> None:
-        super().__init__(schedule, num_steps, refinement)
+    def __init__(self, schedule: CacheSchedule, num_steps: int | None, runs: list[_Run]) -> None:
+        super().__init__(schedule, num_steps)
         self.runs = runs
         self._open: dict[str, _Run] = {}
         self._kept: dict[str, dict[str, Tensor]] = {}
@@ -141,7 +141,6 @@ class RecordingDenoiser(CachedDenoiser):
         num_steps: int | None = None,
         lags: int = LAGS,
         width: int = WIDTH,
-        refinement: bool = False,
         **backend_options: Any,
     ) -> None:
         """rules: (regions, storage) as in `Rule`. lags: how many past steps a value is compared with, 1 to 5. width: of
@@ -153,7 +152,6 @@ class RecordingDenoiser(CachedDenoiser):
         options = Options(
             backend,
             num_steps,
-            refinement=refinement,
             backend_options=backend_options,
             measure=measure,
         )
@@ -162,7 +160,7 @@ class RecordingDenoiser(CachedDenoiser):
 
     def _make_driver(self) -> Driver:
         options: Options = self._own["options"]
-        return _RecordingDriver(self._own["schedule"], options.num_steps, options.refinement, self._own["runs"])
+        return _RecordingDriver(self._own["schedule"], options.num_steps, self._own["runs"])
 
     def recording(self) -> Recording:
         """What was recorded so far. Raises CalibrationError where nothing was, or runs differ in length."""

@@ -31,12 +31,10 @@ class Trial(CachedDenoiser):
         steps: int,
         backend: Any,
         backend_options: Mapping[str, Any],
-        refinement: bool = False,
     ) -> None:
         self_made = CacheSchedule(NAME, (Rule(regions, Interval(2), Binomial(history), storage),))
-        options = Options(backend, steps, refinement=refinement, backend_options=backend_options)
+        options = Options(backend, steps, backend_options=backend_options)
         super().__init__(model, self_made, options)
-        self._own["slots"] = history
 
     def follow(self, bits: Sequence[bool], rows: Sequence[Sequence[float]]) -> None:
         """From the next generation on, of all threads."""

@@ -71,7 +71,7 @@ def _smoothed(kind: Any) -> Callable[..., Any]:
         lengths = (*old, *new)
         if not x.is_floating_point() or not all(isinstance(length, int) for length in lengths):
             return NotImplemented
-        if max(a * b for a, b in zip(old, new, strict=True)) > LARGEST:
+        if max(length * max(old) for length in lengths) > LARGEST:  # the unit vectors and the weights
             return NotImplemented
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 

@@ -15,6 +15,7 @@ from diffcache_fx.calibration import Calibration, calibrate
 from diffcache_fx.errors import CalibrationError
 from diffcache_fx.forecasts import Linear
 from diffcache_fx.measure import relative_error
+from diffcache_fx.provenance import hash_of_weights
 from diffcache_fx.targets import Latency, Psnr, RelativeL1, Speedup
 
 from .tiny_pipelines import CASES
@@ -140,6 +141,21 @@ def test_a_pipeline_is_calibrated_and_left_as_it_was() -> None:
     assert sample(pipe, 3).shape[0] == 2
 
 
+def test_without_a_history_values_are_held() -> None:
+    """What is planned is what runs: one slot holds its value as it is."""
+    calibration = Calibration(MODEL, sampler, backend="eager", history=1)
+    plan = calibration.plan(5)
+    assert set(plan.rows) == {(1.0,)}
+    predicted, measured = plan.error / calibration.reference.numel(), mse(calibration.schedule(plan), 0)
+    assert predicted / 5 < measured < predicted * 5
+
+
+def test_an_error_below_rounding_is_refused(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_covers", lambda *_: False)
+    with pytest.raises(CalibrationError, match=r"Psnr\(decibels=200, .*cannot be met"):
+        calibration.find(Psnr(200))
+
+
 def test_the_cap_on_memory_shortens_the_history() -> None:
     one = sum(region.nbytes for region in Calibration(MODEL, sampler, backend="eager", probes=2).recording.regions)
     found = Calibration(MODEL, sampler, backend="eager", probes=2, memory_cap=one)
@@ -220,6 +236,9 @@ def test_bad_input() -> None:
         (lambda: calibrate(MODEL, other, Psnr(30.0), backend="eager"), "must return the final samples"),
         (lambda: calibrate(MODEL, broken, Psnr(30.0), backend="eager"), "not finite"),
         (lambda: calibrate(MODEL, lambda d, s: torch.zeros(2, 2), Psnr(30.0), backend="eager"), "nothing was recorded"),
+        (lambda: calibrate(MODEL, sampler, Psnr(30.0), history=4), "history must be a whole number from 1 to 3, not 4"),
+        (lambda: calibrate(MODEL, sampler, Psnr(30.0), longest=0), "longest must be a whole number from 1, not 0"),
+        (lambda: calibrate(MODEL, sampler, Psnr(30.0), probes=1), "probes must be a whole number from 2, not 1"),
         (lambda: Speedup(0.5), "1 or more"),
         (lambda: Psnr(float("nan")), "positive number"),
         (lambda: RelativeL1("a"), "positive number"),  # type: ignore[arg-type]
@@ -238,3 +257,9 @@ def test_progress_is_told() -> None:
     told: list[tuple[str, int, int]] = []
     calibrate(MODEL, sampler, Psnr(40.0), backend="eager", probes=3, progress=lambda *stage: told.append(stage))
     assert [stage for stage, _ in itertools.groupby(name for name, _, _ in told)] == ["record", "probe", "try"]
+
+
+def test_large_weights_are_hashed_within_their_bounds() -> None:
+    """Places in a tensor of more elements than float32 counts."""
+    model = nn.Linear(3072, 12288, bias=False)
+    assert len(hash_of_weights(model)) == 64
