@@ -34,6 +34,7 @@ from diffcache_fx.measure import compiled_baseline, executed_flops, interleaved
 RESULTS = Path(__file__).parent / "results" / "engines.json"
 RUNTIMES = ("torch.compile", "onnxruntime", "aot_inductor", "tensorrt")
 UNCACHED = "uncached"
+BACKEND = "inductor"  # of torch.compile
 # By name: the schedule, and the forms it is exported in.
 SCHEDULES: dict[str, tuple[CacheSchedule, tuple[str, ...]]] = {
     UNCACHED: (schedules.always(), ("pair",)),
@@ -68,9 +69,9 @@ class Bench:
 
     def _made(self, cell: Cell, schedule: CacheSchedule) -> Callable[..., Any]:
         if cell.runtime == "torch.compile" and cell.schedule == UNCACHED:
-            return compiled_baseline(self.work.model, "inductor")
+            return compiled_baseline(self.work.model, BACKEND)
         if cell.runtime == "torch.compile":
-            cached = self._cached(schedule, "inductor", "host")
+            cached = self._cached(schedule, BACKEND, "host")
             cached.prepare()
             return cached
         if cell.runtime == "tensorrt" and self.device == "cpu":

@@ -12,7 +12,7 @@ from .test_cli_bundles import failure, run
 from .tiny_pipelines import CASES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = ("--backend", "eager", "--samples", 2, "--steps", 8)
+QUICK = ("--backend", "eager", "--samples", 2, "--steps", 5)
 
 
 def test_it_writes_a_schedule_that_inspect_and_demo_take(tmp_path: Path) -> None:
@@ -22,11 +22,11 @@ def test_it_writes_a_schedule_that_inspect_and_demo_take(tmp_path: Path) -> None
         assert words in result.output
     schedule = CacheSchedule.from_pretrained(tmp_path / "plan")
     assert schedule.made_for is not None
-    assert (schedule.made_for.steps, schedule.made_for.sampler) == (8, "DDIMScheduler")
-    shown = run("inspect", "digits", "-s", tmp_path / "plan", "--steps", 8).output
+    assert (schedule.made_for.steps, schedule.made_for.sampler) == (5, "DDIMScheduler")
+    shown = run("inspect", "digits", "-s", tmp_path / "plan", "--steps", 5).output
     assert "calibrated" in shown
-    assert "calibrated for 8 steps and this run has 9" in failure(
-        "inspect", "digits", "-s", tmp_path / "plan", "--steps", 9
+    assert "calibrated for 5 steps and this run has 6" in failure(
+        "inspect", "digits", "-s", tmp_path / "plan", "--steps", 6
     )
 
 
