@@ -24,7 +24,7 @@ from diffcache_fx.measure import executed_flops, relative_error
 
 RESULTS = Path(__file__).parent / "results" / "refinement.json"
 FINE = 160  # steps of the solution that others are compared with
-THRESHOLDS = (0.02, 0.05, 0.1)
+THRESHOLDS = (0.002, 0.005, 0.02)
 Row = dict[str, Any]
 
 

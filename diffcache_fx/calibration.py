@@ -107,6 +107,7 @@ class Calibration:
         self.reference = self._run(recorder, seed)
         self._references = {seed: self.reference}
         self.recording = recorder.recording()
+        self._recorder = recorder
         self._told("record", 1, 1)
         self.steps = self.recording.steps
         self.history = self._fitting(history, memory_cap)
@@ -220,8 +221,8 @@ class Calibration:
 
     def _reference(self, seed: int) -> Tensor:
         if seed not in self._references:
-            self.trial.follow([True] * self.steps, [(1.0,)] * self.steps)
-            self._references[seed] = self._run(self.trial, seed)
+            self._references[seed] = self._run(self._recorder, seed)
+            self._recorder.forget()
         return self._references[seed]
 
     def _below(self, target: Psnr | RelativeL1) -> Planned:
@@ -243,8 +244,8 @@ class Calibration:
             if self._covers(plan, target):
                 return plan
         raise CalibrationError(
-            f"{target} cannot be met: what the two programs of this model compute alike differs by more, by rounding "
-            f"alone ({float(self.errors(self.plan(self.steps), target, self.seed).max()):.3g}): ask for less"
+            f"{target} cannot be met: even with a refresh at every step rounding moves the samples by more, by "
+            f"{float(self.errors(self.plan(self.steps), target, self.seed + 1).max()):.3g}: ask for less"
         )
 
     def _covers(self, plan: Planned, target: Psnr | RelativeL1) -> bool:

@@ -102,6 +102,21 @@ def named(texts: list[str]) -> dict[str, Any]:
     return {text: parse_schedule(text) for text in texts}
 
 
+def call_options(text: str) -> dict[str, Any]:
+    """The --call of a pipeline. Raises CacheError for what is no JSON object."""
+    import json
+
+    from .errors import CacheError
+
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CacheError(f"--call must be a JSON object of the pipeline's arguments: {error}") from error
+    if not isinstance(options, dict):
+        raise CacheError(f"--call must be a JSON object of the pipeline's arguments, not {text!r}")
+    return options
+
+
 @app.command()
 def demo(
     schedule: Schedules = None,
@@ -109,7 +124,6 @@ def demo(
     images: Annotated[int, typer.Option(min=1, help="images of each label")] = 5,
     out: Annotated[Path, typer.Option(help="folder for the picture and the table")] = Path("demo-output"),
     backend: Backend = "inductor",
-    model: Annotated[str, typer.Option(help="the shipped model to draw with")] = "digits",
 ) -> None:
     """Draw handwritten digits with and without a cache, side by side, with the speed-up and the fidelity measured."""
     with one_sentence():
@@ -117,10 +131,10 @@ def demo(
 
         schedules = named(schedule or list(run.DEFAULT_SCHEDULES))
         with bars() as told:
-            found = run.run_demo(schedules, out, name=model, steps=steps, images=images, backend=backend, progress=told)
+            found = run.run_demo(schedules, out, steps=steps, images=images, backend=backend, progress=told)
         console.print(found.table())
         console.print(run.NOTES.replace("\n", " ").strip(), style="dim")
-        names = ", ".join(str(out / name) for name in (f"{model}.png", run.TABLE, run.DATA))
+        names = ", ".join(str(out / name) for name in (f"{found.model}.png", run.TABLE, run.DATA))
         console.print(f"wrote {names} in {found.seconds:.0f} s", highlight=False, soft_wrap=True)
 
 

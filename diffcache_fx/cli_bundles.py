@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli import SCHEDULE_HELP, Decided, Model, Steps, app, bars, console, named, one_sentence
+from .cli import SCHEDULE_HELP, Decided, Model, Steps, app, bars, call_options, console, named, one_sentence
 
 WRITERS = ("onnx", "tensorrt", "aot-inductor", "bundle")
 Folder = Annotated[Path, typer.Argument(help="a folder that `export` wrote", metavar="BUNDLE")]
@@ -140,12 +140,7 @@ def _pipeline(loaded: Any, folder: Path, call: str, out: Path) -> list[Path]:
     from .errors import BundleError
     from .models import PARTS
 
-    try:
-        options = json.loads(call)
-    except json.JSONDecodeError as error:
-        raise BundleError(f"--call must be a JSON object of the pipeline's arguments: {error}") from error
-    if not isinstance(options, dict):
-        raise BundleError(f"--call must be a JSON object of the pipeline's arguments, not {call!r}")
+    options = call_options(call)
     index = folder / "model_index.json"
     if not index.is_file():
         raise BundleError(f"{folder} is no diffusers pipeline: it holds no model_index.json")

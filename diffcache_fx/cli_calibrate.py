@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli import Backend, Steps, app, bars, console, one_sentence
+from .cli import Backend, Steps, app, bars, call_options, console, one_sentence
 
 
 @app.command()
@@ -101,14 +100,9 @@ def _sampled(model: str, steps: int, samples: int, call: str) -> tuple[Any, Any,
         )
     from diffusers import DiffusionPipeline
 
-    try:
-        options = json.loads(call)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"--call must be a JSON object of the pipeline's arguments: {error}") from error
-    if not isinstance(options, dict):
-        raise CalibrationError(f"--call must be a JSON object of the pipeline's arguments, not {call!r}")
+    given = call_options(call)
     pipe = DiffusionPipeline.from_pretrained(model)
-    options = {"num_inference_steps": steps, "output_type": "np", **options}
+    options = {"num_inference_steps": steps, "output_type": "np", **given}
 
     def run(pipeline: Any, seed: int) -> torch.Tensor:
         made = pipeline(**options, generator=torch.Generator().manual_seed(seed))[0]

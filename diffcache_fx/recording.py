@@ -162,6 +162,10 @@ class RecordingDenoiser(CachedDenoiser):
         options: Options = self._own["options"]
         return _RecordingDriver(self._own["schedule"], options.num_steps, self._own["runs"])
 
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self._own["runs"].clear()
+
     def recording(self) -> Recording:
         """What was recorded so far. Raises CalibrationError where nothing was, or runs differ in length."""
         runs: list[_Run] = self._own["runs"]

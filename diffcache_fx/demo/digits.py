@@ -11,6 +11,7 @@ from torch import nn
 from .classifier import DigitClassifier
 from .demo import Demo
 from .files import build, read_description, read_tensors
+from .sampling import by_class
 
 DESCRIPTION = "digits.json"
 WEIGHTS = "digits.safetensors"
@@ -50,7 +51,7 @@ def load_digits(dtype: torch.dtype = torch.float32) -> Demo:
         model=load_model(dtype),
         scheduler_class=scheduler_class,
         scheduler_config=scheduler_config,
-        condition=lambda labels: {"class_labels": labels},
+        condition=by_class,
         read=classifier.predict,
         classifier=classifier,
         reference_features=reference["features"].float(),
