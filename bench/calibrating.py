@@ -9,7 +9,6 @@ in turn with the uncached model. Leave the machine alone meanwhile. Writes `benc
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import time
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bench.method_runs import write_json
 from diffcache_fx import Calibration, Psnr, RelativeL1, Speedup, compile_with_cache
 from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.measure import compiled_baseline, interleaved
 
 RESULTS = Path(__file__).parent / "results" / "calibrating.json"
-IMAGES, STEPS, HELD_BACK = 20, 50, 200
+IMAGES, STEPS, HELD_BACK, ROUNDS = 20, 50, 200, 9
 ERRORS = (Psnr(35.0), Psnr(40.0), Psnr(45.0), RelativeL1(0.02))
 SPEEDS = (Speedup(2.0), Speedup(3.0))
 
@@ -43,6 +43,18 @@ class Work:
     def calibration(self) -> Calibration:
         return Calibration(self.demo.model, self.sampler, seed=1000, describe="DDIM")
 
+    def within(self, cached: Any, plain: Any, target: Psnr | RelativeL1) -> dict[str, Any]:
+        """The share of held-back samples whose error is not above the one asked for."""
+        seeds = range(HELD_BACK // IMAGES)
+        errors = torch.cat([target.error(self.sampler(cached, seed), self.sampler(plain, seed)) for seed in seeds])
+        return {"within": float((errors <= target.largest).float().mean()), "samples": len(errors)}
+
+    def faster(self, cached: Any, plain: Any) -> dict[str, Any]:
+        """The speed-up, measured in turn with the uncached model; and its interval."""
+        runs = {"uncached": partial(self.sampler, plain, 3), "cached": partial(self.sampler, cached, 3)}
+        ratio = interleaved(runs, rounds=ROUNDS, warmup=1, baseline="uncached").speedup("cached")
+        return {"speedup": [ratio.value, ratio.low, ratio.high]}
+
 
 def peak() -> float:
     """MiB of this process so far."""
@@ -59,54 +71,25 @@ def uncached(pipe: Any) -> None:
 
 
 def calibrated(pipe: Any) -> None:
+    """Sends the cost first and then each target as it is done."""
     work = Work()
     start = time.perf_counter()
     work.calibration()
     first = time.perf_counter() - start
     start = time.perf_counter()
     found = work.calibration()
-    measured = time.perf_counter() - start
-    memory = peak()
-    targets = []
-    for target in ERRORS:
+    pipe.send({"first_s": first, "second_s": time.perf_counter() - start, "peak_mib": peak()})
+    plain = compiled_baseline(work.demo.model, "inductor")
+    for target in (*ERRORS, *SPEEDS):
         start = time.perf_counter()
         result = found.find(target)
-        seconds = time.perf_counter() - start
+        row: dict[str, Any] = {"target": repr(target), "seconds": time.perf_counter() - start}
+        row |= {"refreshes": len(result.plan.refreshes), "ideal_speedup": found.ideal(len(result.plan.refreshes))}
+        row |= {"predicted_mse": result.predicted, "measured_mse": result.measured}
         cached = compile_with_cache(work.demo.model, result.schedule, num_steps=STEPS)
-        plain = compiled_baseline(work.demo.model, "inductor")
-        errors = torch.cat(
-            [target.error(work.sampler(cached, s), work.sampler(plain, s)) for s in range(HELD_BACK // IMAGES)]
-        )
-        targets.append(
-            {
-                "target": repr(target),
-                "refreshes": len(result.plan.refreshes),
-                "ideal_speedup": found.ideal(len(result.plan.refreshes)),
-                "seconds": seconds,
-                "within": float((errors <= target.largest).float().mean()),
-                "predicted_mse": result.predicted,
-                "measured_mse": result.measured,
-            }
-        )
-    for speed in SPEEDS:
-        start = time.perf_counter()
-        result = found.find(speed)
-        seconds = time.perf_counter() - start
-        cached = compile_with_cache(work.demo.model, result.schedule, num_steps=STEPS)
-        plain = compiled_baseline(work.demo.model, "inductor")
-        runs = {"uncached": partial(work.sampler, plain, 3), "cached": partial(work.sampler, cached, 3)}
-        ratio = interleaved(runs, rounds=9, warmup=1, baseline="uncached").speedup("cached")
-        targets.append(
-            {
-                "target": repr(speed),
-                "refreshes": len(result.plan.refreshes),
-                "ideal_speedup": found.ideal(len(result.plan.refreshes)),
-                "seconds": seconds,
-                "speedup": [ratio.value, ratio.low, ratio.high],
-                "measured_mse": result.measured,
-            }
-        )
-    pipe.send({"first_s": first, "second_s": measured, "peak_mib": memory, "targets": targets})
+        row |= work.faster(cached, plain) if isinstance(target, Speedup) else work.within(cached, plain, target)
+        pipe.send(row)
+    pipe.send(None)
 
 
 def main() -> None:
@@ -121,10 +104,13 @@ def main() -> None:
         process.start()
         there.close()
         found[name] = here.recv()
+        if name == "calibration":
+            found["memory_ratio"] = found["calibration"]["peak_mib"] / found["uncached"]["peak_mib"]
+            found["targets"] = []
+            while (row := here.recv()) is not None:
+                found["targets"].append(row)
+                write_json(options.out, found)
         process.join()
-    found["memory_ratio"] = found["calibration"]["peak_mib"] / found["uncached"]["peak_mib"]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
     Console().print_json(data=found)
 
 

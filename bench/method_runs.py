@@ -19,10 +19,11 @@ from torch import Tensor
 from bench.method_calibration import Calibration, calibrate
 from bench.method_settings import NOT_APPLICABLE, Setting, even_hold, same_cost, uncached
 from bench.quality import FrechetDistance, score
+from bench.samplers import SAMPLERS
 from diffcache_fx import CachedDenoiser, compile_with_cache
 from diffcache_fx.demo.demo import Demo
-from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.measure import compiled_baseline, executed_flops
+from diffcache_fx.models import load_demo
 
 SEED = 0
 Record = dict[str, Any]
@@ -73,7 +74,7 @@ class Drawn:
 
 @dataclass
 class Runs:
-    """The demo model and how it is sampled: `samples` images in batches of `batch`, `steps` steps.
+    """A demo and how it is sampled: `samples` images in batches of `batch`, `steps` steps.
 
     The folder `work` gets of each setting KEY.safetensors, its images so far, and once they are all there KEY.json.
     """
@@ -84,6 +85,8 @@ class Runs:
     batch: int = 100
     dtype: torch.dtype = torch.float32
     backend: str = "inductor"
+    model: str = "digits"
+    compared: Setting | None = None
 
     def __post_init__(self) -> None:
         self.batch = min(self.batch, self.samples)
@@ -91,7 +94,7 @@ class Runs:
 
     @cached_property
     def demo(self) -> Demo:
-        return load_digits(self.dtype)
+        return load_demo(self.model, self.dtype)
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -105,8 +108,8 @@ class Runs:
 
     @cached_property
     def reference(self) -> Tensor:
-        """The uncached images in all steps."""
-        return self.images(uncached(self.steps, self.steps)).images[: self.samples]
+        """The uncached images in all steps, or of what else is the reference."""
+        return self.images(self.compared or uncached(self.steps, self.steps)).images[: self.samples]
 
     @cached_property
     def distance(self) -> FrechetDistance:
@@ -123,9 +126,10 @@ class Runs:
     def example(self, images: int, apart: bool = False) -> tuple[tuple[Tensor], dict[str, Tensor]]:
         """One call of the denoiser; both sides of the guidance are in one batch unless apart."""
         rows = images * (1 if apart or self.demo.guidance_scale == 1.0 else 2)
-        integers = torch.zeros(rows, dtype=torch.int64)
         latents = torch.zeros(rows, *self.demo.image_shape, dtype=self.dtype)
-        return (latents,), {"timestep": integers, "class_labels": integers.clone()}
+        given = self.demo.condition(torch.zeros(rows, dtype=torch.int64))
+        narrow = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in given.items()}
+        return (latents,), {"timestep": torch.zeros(rows, dtype=self.demo.scheduler().timesteps.dtype), **narrow}
 
     def denoiser(self, setting: Setting, images: int) -> Any:
         """The compiled denoiser for batches of so many images. Raises ScheduleError or RegionError where the method
@@ -148,6 +152,7 @@ class Runs:
         return self.demo.draw(
             denoiser,
             self.labels(first, count),
+            scheduler=self.scheduler(setting),
             num_steps=setting.steps or self.steps,
             seed=SEED,
             batch_size=count,
@@ -157,6 +162,16 @@ class Runs:
             dtype=self.dtype,
         )
 
+    def scheduler(self, setting: Setting) -> Any:
+        """A fresh one, with its timesteps set."""
+        made = SAMPLERS[setting.sampler](self.demo.scheduler()) if setting.sampler else self.demo.scheduler()
+        made.set_timesteps(setting.steps or self.steps)
+        return made
+
+    def calls(self, setting: Setting) -> int:
+        """Of the model, in a generation."""
+        return len(self.scheduler(setting).timesteps)
+
     def labels(self, first: int, count: int) -> Tensor:
         return torch.arange(first, first + count) % self.demo.num_classes
 
@@ -165,7 +180,7 @@ class Runs:
         if isinstance(denoiser, CachedDenoiser):
             found = executed_flops(denoiser)
             return found.spent, found.full
-        return self.step_flops[0] * (setting.steps or self.steps), self.step_flops[0] * self.steps
+        return self.step_flops[0] * self.calls(setting), self.step_flops[0] * self.steps
 
     def config(self, setting: Setting) -> Record:
         """What the images depend on. Raises ScheduleError if the method cannot be had with these options."""
@@ -178,6 +193,8 @@ class Runs:
             "dtype": str(self.dtype),
             "seed": SEED,
             "backend": self.backend,
+            **({"sampler": setting.sampler} if setting.sampler else {}),
+            **({"model": self.model} if self.model != "digits" else {}),
         }
 
     def images(self, setting: Setting, told: Told | None = None) -> Drawn:
@@ -185,7 +202,7 @@ class Runs:
         path, config, steps = (
             self.work / f"{setting.key}.safetensors",
             self.config(setting),
-            setting.steps or self.steps,
+            self.calls(setting),
         )
         drawn = Drawn.load(path, config) or Drawn(torch.empty(0, *self.demo.image_shape), [])
         total = -(-self.samples // self.batch) * steps
@@ -224,7 +241,7 @@ class Runs:
             drawn = self.images(setting, told)
             batches = drawn.batches[: -(-self.samples // self.batch)]
             images, reference = drawn.images[: self.samples], None if setting.reference else self.reference
-            found = score(images, self.labels(0, self.samples), self.demo.classifier, self.distance, reference)
+            found = score(images, self.labels(0, self.samples), self.demo.read, self.distance, reference)
             spent, full = (sum(batch[index] for batch in batches) for index in (0, 1))
             record |= {"flops": {"spent": spent, "full": full}, "ideal_speedup": full / spent}
             record |= {"quality": {name: asdict(estimate) for name, estimate in found.items()}}

@@ -27,7 +27,8 @@ class Setting:
 
     factory: a name in `diffcache_fx.schedules`; None: the uncached model in `steps` steps. options: the factory's own,
     or a function that makes them from what was measured on the model. apart: guidance as two calls a step, for methods
-    that reuse one branch for the other. reference: what all others are compared with.
+    that reuse one branch for the other. reference: what all others are compared with. sampler: of `bench.samplers`;
+    empty: the demo's own.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Setting:
     steps: int | None = None
     apart: bool = False
     reference: bool = False
+    sampler: str = ""
 
     @property
     def key(self) -> str:

@@ -107,18 +107,22 @@ def _interval(value: float, draws: np.ndarray[Any, Any]) -> Estimate:
 
 
 def score(
-    images: Tensor, labels: Tensor, classifier: Any, distance: Callable[[Tensor], float], reference: Tensor | None
+    images: Tensor,
+    labels: Tensor,
+    read: Callable[[Tensor], tuple[Tensor, Tensor]],
+    distance: Callable[[Tensor], float],
+    reference: Tensor | None,
 ) -> dict[str, Estimate]:
     """Everything about images [N, 1, H, W] in [-1, 1] drawn for `labels` [N].
 
-    classifier: with `predict(images) -> (classes, features)`. reference: the uncached images of the same noise; None
-    for these themselves, which have no PSNR and SSIM. Returns `psnr_db`, `ssim`, `accuracy` (a share), `frechet`.
+    read: from images to the labels seen in them and their features. reference: the uncached images of the same noise;
+    None for these themselves, which have no PSNR and SSIM. Returns `psnr_db`, `ssim`, `accuracy` (a share), `frechet`.
     """
     found = {}
     if reference is not None:
         found["psnr_db"] = mean_estimate(psnr_each(images, reference))
         found["ssim"] = mean_estimate(ssim_each(images, reference))
-    read, features = classifier.predict(images)
-    found["accuracy"] = mean_estimate((read == labels).double())
+    seen, features = read(images)
+    found["accuracy"] = mean_estimate((seen == labels).double())
     found["frechet"] = distance_estimate(features, distance)
     return found

@@ -37,7 +37,8 @@ class Bench:
         self.exact = self._drawn(self.demo.model, self._lagrange(2), FINE)
 
     def _lagrange(self, rounds: int, nodes: int = 3) -> LagrangeScheduler:
-        return LagrangeScheduler.from_config(self.demo.scheduler().config, nodes=nodes, refinements=rounds)
+        config = {**self.demo.scheduler().config, "timestep_spacing": "trailing"}
+        return LagrangeScheduler.from_config(config, nodes=nodes, refinements=rounds)
 
     def _drawn(self, denoiser: Any, scheduler: Any, steps: int) -> torch.Tensor:
         count = len(self.labels)

@@ -1,15 +1,9 @@
-"""Adaptive guards: a signal measured in the graph decides, step by step, whether to refresh.
-
-A guard says which reference quantities it looks at (`references`), which of them it keeps from earlier steps (`kept`),
-what it measures from them (`before` the decision, `after` the step; torch code, traced into the step program), and how
-the decision follows from the measured numbers (`decide`, `settle`). The last two are written once for both places a
-decision is taken in: they run on Python floats on the host, and on 0-d tensors inside the graph.
-"""
+"""The adaptive guards: relative change, a probe block, the output, draft and verify."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,121 +11,20 @@ import torch
 
 from .arithmetic import Number, at_least, both, divide, either, where
 from .errors import ScheduleError
+from .judgement import (
+    Adaptive,
+    Judgement,
+    Kept,
+    Numbers,
+    Tensors,
+    as_numbers,
+    check_threshold,
+    distance,
+    mean_abs,
+    polynomial,
+    relative_l1,
+)
 from .references import REFERENCES, BlocksOutput, Latents, ModelOutput, Reference, TrunkInput
-
-Tensors = Mapping[str, torch.Tensor]
-Numbers = Mapping[str, Number]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What is kept of a reference quantity: that of the last step (when="step"), or of the last refreshed step (when=
-    "refresh"); with `of` naming another kept quantity, what that one was before it was replaced."""
-
-    of: str
-    when: str = "refresh"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """refresh: bool, or a bool scalar in the graph. signal: what was compared with `limit`. memory: the numbers that
-    the guard carries to the next step."""
-
-    refresh: Number | bool
-    signal: Number
-    limit: Number
-    memory: dict[str, Number]
-
-
-def mean_abs(value: torch.Tensor) -> torch.Tensor:
-    """Mean absolute value, float32 scalar."""
-    return value.float().abs().mean()
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference, float32 scalar."""
-    return mean_abs(a.float() - b.float())
-
-
-def relative_l1(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """mean |now - before| / mean |before|, float32 scalar; 0 where `before` is all zero."""
-    return divide(distance(now, before), mean_abs(before))  # type: ignore[return-value]
-
-
-def polynomial(coefficients: Sequence[float], x: Number) -> Number:
-    """Highest power first, by Horner's rule; without coefficients, x itself."""
-    if not coefficients:
-        return x
-    total: Number = coefficients[0]
-    for coefficient in coefficients[1:]:
-        total = total * x + coefficient
-    return total
-
-
-def as_numbers(values: object) -> tuple[float, ...] | None:
-    """A list of plain numbers as floats; None for anything else."""
-    if not isinstance(values, (tuple, list)):
-        return None
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        return None
-    return tuple(float(value) for value in values)
-
-
-def check_threshold(value: float, what: str = "threshold") -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0 or math.isinf(value):
-        raise ScheduleError(f"{what} must be a finite number from 0 (0 = never reuse), not {value!r}")
-
-
-class Adaptive:
-    """What adaptive guards share: nothing is decided ahead, and by default nothing is measured after the step."""
-
-    kind: ClassVar[str]
-    adaptive: ClassVar[bool] = True
-    timesteps: ClassVar[None] = None
-    offers: ClassVar[tuple[str, ...]] = ()  # what it measures for forecasts that want it
-    threshold: float
-
-    @property
-    def references(self) -> dict[str, Reference]:
-        raise NotImplementedError
-
-    @property
-    def kept(self) -> dict[str, Kept]:
-        return {}
-
-    @property
-    def carried(self) -> tuple[str, ...]:
-        """Numbers that go from step to step, 0 at the start of a generation."""
-        return ()
-
-    @property
-    def checks(self) -> bool:
-        """Whether the reuse program also computes the regions anew, to compare them with their forecast."""
-        return False
-
-    def before(self, now: Tensors, kept: Tensors) -> dict[str, torch.Tensor]:
-        """Signals, 0-d float32, from the reference quantities of this step and the kept ones."""
-        return {}
-
-    def after(self, now: Tensors, kept: Tensors) -> dict[str, torch.Tensor]:
-        """Signals that need what the step returned."""
-        return {}
-
-    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
-        """measured: what `before` returned. memory: the carried numbers, and "refreshes" (so far). force: refresh in
-        any case. moment: number of the step, share of the run that it completes."""
-        raise NotImplementedError
-
-    def settle(self, measured: Numbers, memory: dict[str, Number], refreshed: Number | bool) -> dict[str, Number]:
-        """The carried numbers after the step. measured: what `after` returned, and "error" where `checks`."""
-        return memory
-
-    def needs_num_steps(self) -> bool:
-        return False
-
-    def refresh(self, step: int, num_steps: int | None, region: int, warm_up: int) -> bool:
-        """Nothing is known ahead: every step after warm-up may be reused."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -181,13 +74,13 @@ class RelativeChange(Adaptive):
     def before(self, now: Tensors, kept: Tensors) -> dict[str, torch.Tensor]:
         return {"change": relative_l1(now["p"], kept["p"])}
 
-    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
+    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Judgement:
         signal = polynomial(self.coefficients, measured["change"])
         if self.accumulate:
             signal = memory["total"] + signal
         refresh = either(force, at_least(signal, self.threshold))
         carried = {"total": where(refresh, 0.0, signal)} if self.accumulate else {}
-        return Verdict(refresh, signal, self.threshold, carried)
+        return Judgement(refresh, signal, self.threshold, carried)
 
 
 @dataclass(frozen=True)
@@ -233,10 +126,10 @@ class ProbeChange(Adaptive):
         moved, apart = distance(now["p"], kept["p2"]), distance(kept["p1"], kept["p2"])
         return {"change": change, "ratio": divide(moved, apart)}  # type: ignore[dict-item]
 
-    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
+    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Judgement:
         signal = memory["total"] + measured["change"]
         refresh = either(force, at_least(signal, self.threshold))
-        return Verdict(refresh, signal, self.threshold, {"total": where(refresh, 0.0, signal)})
+        return Judgement(refresh, signal, self.threshold, {"total": where(refresh, 0.0, signal)})
 
 
 @dataclass(frozen=True)
@@ -272,12 +165,12 @@ class OutputChange(Adaptive):
         k = divide(distance(now["v"], kept["v_full"]), distance(now["x"], kept["x_full"]))
         return {"k": k, "norm": mean_abs(now["v"])}  # type: ignore[dict-item]
 
-    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
+    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Judgement:
         signal = memory["total"] + memory["k"] * divide(measured["moved"], memory["norm"])
         unknown = at_least(1.5, memory["refreshes"])  # k needs two refreshed steps
         refresh = either(either(force, unknown), at_least(signal, self.threshold))
         carried = {"total": where(refresh, 0.0, signal), "k": memory["k"], "norm": memory["norm"]}
-        return Verdict(refresh, signal, self.threshold, carried)
+        return Judgement(refresh, signal, self.threshold, carried)
 
     def settle(self, measured: Numbers, memory: dict[str, Number], refreshed: Number | bool) -> dict[str, Number]:
         return {name: where(refreshed, measured[name], memory[name]) for name in ("k", "norm")} | {
@@ -324,12 +217,12 @@ class DraftError(Adaptive):
     def needs_num_steps(self) -> bool:
         return self.decay != 1.0
 
-    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Verdict:
+    def decide(self, measured: Numbers, memory: Numbers, force: Number | bool, moment: Sequence[Number]) -> Judgement:
         tau = self.threshold * self.decay ** moment[1]
         tau = where(at_least(tau, self.floor), tau, self.floor)
         counts = at_least(memory["drafts"], float(self.least + 1))
         refresh = either(force, both(counts, at_least(memory["error"], tau)))
-        return Verdict(refresh, memory["error"], tau, {name: memory[name] for name in self.carried})
+        return Judgement(refresh, memory["error"], tau, {name: memory[name] for name in self.carried})
 
     def settle(self, measured: Numbers, memory: dict[str, Number], refreshed: Number | bool) -> dict[str, Number]:
         return {

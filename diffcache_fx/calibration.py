@@ -1,14 +1,13 @@
 """`calibrate`: state a target, have the model measured, get the schedule.
 
-One recorded generation tells how the regions' values move, a few more how their errors reach the final sample; the rest
-is planning (`planning`), and the plan is tried before it is returned.
+One recorded generation tells how the regions' values move, parts of a few more how their errors reach the final sample;
+the rest is planning (`planning`), and the plan is tried before it is returned (`finding`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,38 +16,20 @@ from torch import Tensor, nn
 
 from .compile import user_shapes
 from .errors import CalibrationError
-from .measure import compiled_baseline, interleaved
+from .finding import Findings, find
 from .planning import LONGEST, Planned, Planner
 from .provenance import Provenance, hash_of_weights
-from .recording import Recording, RecordingDenoiser
+from .recording import RecordingDenoiser
 from .schedule import CacheSchedule
 from .selection import Selection, Trunk
-from .targets import TARGETS, Latency, Psnr, RelativeL1, Speedup, Target
+from .targets import Psnr, RelativeL1, Target
 from .trial import Trial, planned
 from .version import __version__
 
 Sampler = Callable[[Any, int], Tensor]
 Progress = Callable[[str, int, int], None]
-# Share of samples whose error stays below the one asked for.
-COVERED = 0.95
-_ROUNDS = 5
 # Of the steadiness in `planning`.
 TRIED = (0.03, 0.3, 1.0)
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a calibration measured, beside its schedule. gains: [steps], how an error of the regions' values at a step
-    moves the final sample. plan: the chosen one. predicted: mean square error of the final samples to first order,
-    measured: what it was. speedup: measured, None where it was not asked for."""
-
-    schedule: CacheSchedule
-    recording: Recording
-    gains: np.ndarray[Any, Any]
-    plan: Planned
-    predicted: float
-    measured: float
-    speedup: float | None
 
 
 def calibrate(model: Any, sampler: Sampler, target: Target, **options: Any) -> CacheSchedule:
@@ -95,20 +76,21 @@ class Calibration:
         self.model, self._sample = _within(model, sampler)
         self.regions, self.storage = regions or Trunk(), storage
         self.longest, self.warm_up, self.seed = longest, warm_up, seed
-        self._backend, self._backend_options = backend, backend_options
-        self._told = progress or (lambda stage, done, total: None)
-        self._told("record", 0, 1)
+        self.backend, self.backend_options = backend, backend_options
+        self.told = progress or (lambda stage, done, total: None)
+        self.told("record", 0, 1)
         recorder = RecordingDenoiser(
             self.model,
             [(self.regions, storage)],
             backend=backend,
             **backend_options,
         )
-        self.reference = self._run(recorder, seed)
-        self._references = {seed: self.reference}
+        self.reference = self.run(recorder, seed)
+        self._references, self._moved = {seed: self.reference}, dict[Planned, float]()
         self.recording = recorder.recording()
+        self._known = {seed: recorder.outputs()}
         self._recorder = recorder
-        self._told("record", 1, 1)
+        self.told("record", 1, 1)
         self.steps = self.recording.steps
         self.history = self._fitting(history, memory_cap)
         captured = recorder.current_signature().captured
@@ -129,7 +111,8 @@ class Calibration:
 
     # --- measuring -------------------------------------------------------------------------------------------------
 
-    def _run(self, denoiser: Any, seed: int) -> Tensor:
+    def run(self, denoiser: Any, seed: int) -> Tensor:
+        """The samples of a generation with this denoiser. Raises CalibrationError for what is none."""
         with torch.no_grad():
             samples = self._sample(denoiser, seed)
         if not isinstance(samples, Tensor) or samples.dim() < 2:
@@ -161,15 +144,19 @@ class Calibration:
         places = np.unique(np.linspace(first, self.steps - 1, probes).round().astype(int))
         gains = []
         for index, step in enumerate(places):
-            self._told("probe", index, len(places))
-            self.trial.follow([other != step for other in range(self.steps)], [(1.0,)] * self.steps)
-            moved = float((self._run(self.trial, self.seed) - self.reference).norm())
+            self.told("probe", index, len(places))
+            held = Planned(tuple(set(range(self.steps)) - {int(step)}), ((1.0,),) * self.steps, 0.0, 0.0)
+            moved = float((self.tried(held, self.seed) - self.reference).norm())
             inner = self.gram[step, step] - 2 * self.gram[step, step - 1] + self.gram[step - 1, step - 1]
             gains.append(max(moved, 1e-12) / math.sqrt(max(float(inner), 1e-24)))
-        self._told("probe", len(places), len(places))
+        self.told("probe", len(places), len(places))
         return np.exp(np.interp(np.arange(self.steps), places, np.log(gains)))
 
-    # --- finding ---------------------------------------------------------------------------------------------------
+    # --- planning and trying ---------------------------------------------------------------------------------------
+
+    def find(self, target: Target) -> Findings:
+        """The schedule that meets a target. Raises CalibrationError where none does."""
+        return find(self, target)
 
     def plan(self, refreshes: int) -> Planned:
         """The best plan with so many refreshes, by the objective; nothing runs."""
@@ -179,12 +166,31 @@ class Calibration:
         """Of the plans with so many refreshes that trust the linear picture more or less, the one that comes nearest to
         the uncached samples, as tried."""
         plans = [self.planner.steadier(steadiness).plan(refreshes) for steadiness in TRIED]
-        return min(plans, key=self._moved)
+        return min(plans, key=self.moved)
 
-    def _moved(self, plan: Planned) -> float:
+    def tried(self, plan: Planned, seed: int, replay: bool = True) -> Tensor:
+        """The samples of a generation under a plan. replay: without computing again what is known of the uncached one;
+        where the time is measured, it is not."""
+        self.trial.follow(plan.bits, plan.rows, self._known.get(seed) if replay else None)
+        return self.run(self.trial, seed)
+
+    def moved(self, plan: Planned) -> float:
         """Mean square error of the final samples under a plan."""
-        self.trial.follow(plan.bits, plan.rows)
-        return float((self._run(self.trial, self.seed) - self.reference).square().mean())
+        if plan not in self._moved:
+            self._moved[plan] = float((self.tried(plan, self.seed) - self.reference).square().mean())
+        return self._moved[plan]
+
+    def errors(self, plan: Planned, target: Psnr | RelativeL1, seed: int) -> Tensor:
+        """Error of each sample under a plan, from the uncached samples of the same noise."""
+        reference = self._reference(seed)
+        return target.error(self.tried(plan, seed), reference)
+
+    def _reference(self, seed: int) -> Tensor:
+        if seed not in self._references:
+            self._recorder.forget()
+            self._references[seed] = self.run(self._recorder, seed)
+            self._known[seed] = self._recorder.outputs()
+        return self._references[seed]
 
     def schedule(self, plan: Planned) -> CacheSchedule:
         """A plan as a schedule, with what it was made for."""
@@ -196,110 +202,10 @@ class Calibration:
         saved = sum(region.flops for region in self.recording.regions)
         return full * self.steps / (full * self.steps - saved * (self.steps - refreshes))
 
-    def find(self, target: Target) -> Findings:
-        """The schedule that meets a target. Raises CalibrationError where none does."""
-        if not isinstance(target, TARGETS):
-            known = ", ".join(kind.__name__ for kind in TARGETS)
-            raise CalibrationError(f"a target is one of {known}, not {target!r}")
-        speed: float | None = None
-        if isinstance(target, (Psnr, RelativeL1)):
-            plan = self._below(target)
-        else:
-            plan, speed = self._faster(target)
-        predicted = plan.error / self.reference.numel()
-        return Findings(self.schedule(plan), self.recording, self.gains, plan, predicted, self._moved(plan), speed)
-
-    def _least(self) -> int:
+    @property
+    def least(self) -> int:
         """The fewest refreshes that the longest run allows."""
         return self.warm_up + math.ceil(max(self.steps - self.warm_up - self.longest, 0) / (self.longest + 1))
-
-    def errors(self, plan: Planned, target: Psnr | RelativeL1, seed: int) -> Tensor:
-        """Error of each sample under a plan, from the uncached samples of the same noise."""
-        reference = self._reference(seed)
-        self.trial.follow(plan.bits, plan.rows)
-        return target.error(self._run(self.trial, seed), reference)
-
-    def _reference(self, seed: int) -> Tensor:
-        if seed not in self._references:
-            self._references[seed] = self._run(self._recorder, seed)
-            self._recorder.forget()
-        return self._references[seed]
-
-    def _below(self, target: Psnr | RelativeL1) -> Planned:
-        """The plan with the fewest refreshes whose errors stay below the target, on noise that was not planned on, in
-        the share of samples that is to be covered. Raises CalibrationError where there is none."""
-        low, high = self._least(), self.steps
-        tried = 0
-        while low < high:
-            middle = (low + high) // 2
-            self._told("try", tried, 0)
-            tried += 1
-            if self._covers(self.plan(middle), target):
-                high = middle
-            else:
-                low = middle + 1
-        best = self.best(high)
-        self._told("try", tried, tried)
-        for plan in (best, self.plan(high)):
-            if self._covers(plan, target):
-                return plan
-        raise CalibrationError(
-            f"{target} cannot be met: even with a refresh at every step rounding moves the samples by more, by "
-            f"{float(self.errors(self.plan(self.steps), target, self.seed + 1).max()):.3g}: ask for less"
-        )
-
-    def _covers(self, plan: Planned, target: Psnr | RelativeL1) -> bool:
-        errors = self.errors(plan, target, self.seed + 1).sort().values
-        rank = min(math.ceil(COVERED * (len(errors) + 1)), len(errors))
-        return float(errors[rank - 1]) <= target.largest
-
-    def _faster(self, target: Speedup | Latency) -> tuple[Planned, float]:
-        """The plan with the most refreshes that is fast enough, as measured against the uncached model in turn."""
-        uncached = compiled_baseline(self.model, self._backend, self._backend_options)
-        self._run(uncached, self.seed)
-        counts = sorted({self._least(), max(self._least() + 1, self.steps // 2)})
-        runs = {"uncached": lambda: self._run(uncached, self.seed)}
-        for count in counts:
-            runs[str(count)] = self._runner(self.plan(count))
-        timings = interleaved(runs, rounds=_ROUNDS, warmup=1, baseline="uncached")
-        few, many = (timings.median(str(count)) for count in (counts[0], counts[-1]))
-        slope = max((many - few) / max(counts[-1] - counts[0], 1), 1e-12)
-        wanted = target.seconds if isinstance(target, Latency) else timings.median("uncached") / target.times
-        count = max(min(int((wanted - few) / slope) + counts[0], self.steps), self._least())
-        fast: tuple[int, float] | None = None
-        while self._least() <= count <= self.steps:
-            plan = self.plan(count)  # how fast it is does not depend on the weights
-            self._told("time", 0, 0)
-            timings = interleaved(
-                {"uncached": runs["uncached"], "cached": self._runner(plan)},
-                rounds=_ROUNDS,
-                warmup=1,
-                baseline="uncached",
-            )
-            speed = timings.speedup("cached").value
-            reached = wanted >= timings.median("cached") if isinstance(target, Latency) else speed >= target.times
-            if reached:
-                fast = count, speed
-                count += 1
-            elif fast is None:
-                count -= 1
-            else:
-                break
-        self._told("time", 1, 1)
-        if fast is not None:
-            return self.best(fast[0]), fast[1]
-        raise CalibrationError(
-            f"{target} cannot be met: with the fewest refreshes allowed ({self._least()} of {self.steps}) a generation "
-            f"takes {few:.3g} s and the uncached one {timings.median('uncached'):.3g} s. Allow longer runs of reuses, "
-            "or cache more of the model"
-        )
-
-    def _runner(self, plan: Planned) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            self.trial.follow(plan.bits, plan.rows)
-            return self._run(self.trial, self.seed)
-
-        return run
 
 
 def check_count(name: str, value: Any, least: int, most: int | None) -> None:
@@ -334,4 +240,4 @@ def _within(model: Any, sampler: Sampler) -> tuple[nn.Module, Sampler]:
     return denoiser, sample
 
 
-__all__ = ["Calibration", "Findings", "calibrate"]
+__all__ = ["Calibration", "calibrate"]

@@ -37,7 +37,9 @@ errors = Console(stderr=True)
 
 Model = Annotated[
     str,
-    typer.Argument(help="`digits`, a diffusers folder or hub id, or `package.module:factory`", metavar="MODEL"),
+    typer.Argument(
+        help="`digits`, `digit-pairs`, a diffusers folder or hub id, or `package.module:factory`", metavar="MODEL"
+    ),
 ]
 SCHEDULE_HELP = "a name, a name with options (interval:every=3,forecast=linear), or the path of a saved schedule"
 Schedules = Annotated[list[str] | None, typer.Option("--schedule", "-s", help=SCHEDULE_HELP + "; repeatable")]
@@ -124,6 +126,7 @@ def demo(
     images: Annotated[int, typer.Option(min=1, help="images of each label")] = 5,
     out: Annotated[Path, typer.Option(help="folder for the picture and the table")] = Path("demo-output"),
     backend: Backend = "inductor",
+    model: Annotated[str, typer.Option(help="digits, or digit-pairs: two digits by prompt, a U-Net")] = "digits",
 ) -> None:
     """Draw handwritten digits with and without a cache, side by side, with the speed-up and the fidelity measured."""
     with one_sentence():
@@ -131,7 +134,7 @@ def demo(
 
         schedules = named(schedule or list(run.DEFAULT_SCHEDULES))
         with bars() as told:
-            found = run.run_demo(schedules, out, steps=steps, images=images, backend=backend, progress=told)
+            found = run.run_demo(schedules, out, name=model, steps=steps, images=images, backend=backend, progress=told)
         console.print(found.table())
         console.print(run.NOTES.replace("\n", " ").strip(), style="dim")
         names = ", ".join(str(out / name) for name in (f"{found.model}.png", run.TABLE, run.DATA))
@@ -172,11 +175,14 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="generations of each contender")] = 5,
     backend: Backend = "inductor",
     decide: Decided = "host",
+    controls: Annotated[bool, typer.Option(help="also the uncached model in fewer steps at the same cost")] = True,
     out: Annotated[Path | None, typer.Option(help="write everything measured as JSON")] = None,
+    report: Annotated[Path | None, typer.Option(help="folder for an HTML page with pictures")] = None,
 ) -> None:
     """Compare cached and uncached, compiled by the same backend: generations in turn, in one run.
 
-    `digits` is sampled and its images scored; any other MODEL is called once per step with its example inputs.
+    `digits` and `digit-pairs` are sampled and their images scored; any other MODEL is called once per step with its
+    example inputs.
     """
     with one_sentence():
         from .comparison import Calls, Workload, compare
@@ -201,14 +207,20 @@ def bench(
                 rounds=rounds,
                 backend=backend,
                 decide=decide,  # type: ignore[arg-type]
+                controls=controls,
                 progress=told,
             )
         console.print(found.table())
-        for row in found.rows[1:]:
+        for row in (row for row in found.rows if row.why):
             console.print(row.why, markup=False, highlight=False, soft_wrap=True)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(found.json())
+        if report is not None:
+            from .reporting import comparison_page
+
+            page = comparison_page(found).write(report)
+            console.print(f"wrote {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()

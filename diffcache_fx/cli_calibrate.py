@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli import Backend, Steps, app, bars, call_options, console, one_sentence
+from .cli import Backend, Steps, app, bars, call_options, console, errors, one_sentence
 
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="`digits`, or a diffusers pipeline folder", metavar="MODEL")],
+    model: Annotated[
+        str, typer.Argument(help="`digits`, `digit-pairs`, or a diffusers pipeline folder", metavar="MODEL")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the schedule")],
     speedup: Annotated[float | None, typer.Option(help="target: times as fast as the uncached compiled model")] = None,
     latency: Annotated[float | None, typer.Option(help="target: seconds of a generation")] = None,
@@ -29,11 +31,12 @@ def calibrate(
     longest: Annotated[int, typer.Option(min=1, help="most reuses in a row")] = 12,
     memory_cap: Annotated[int | None, typer.Option(help="most bytes of cache for one guidance branch")] = None,
     backend: Backend = "inductor",
+    report: Annotated[bool, typer.Option(help="also an HTML page with pictures, into the same folder")] = True,
 ) -> None:
     """Measure a model under its sampler and write the schedule of least error that meets a target."""
     with one_sentence():
         from .calibration import Calibration
-        from .errors import CalibrationError
+        from .errors import CacheError, CalibrationError
         from .models import DEMOS
         from .targets import Latency, Psnr, RelativeL1, Speedup, Target
 
@@ -72,6 +75,15 @@ def calibrate(
         table.add_row("mean square error, measured", f"{found.measured:.3g}")
         console.print(table)
         console.print(f"wrote {path}: use it as --schedule {path}", highlight=False, soft_wrap=True)
+        if report:
+            from .reporting import calibration_page
+
+            try:  # what was found is kept whatever becomes of its picture
+                with errors.status("drawing the report"):
+                    page = calibration_page(model, work, found, targets[0]).write(out)
+                console.print(f"wrote {page}", highlight=False, soft_wrap=True)
+            except CacheError as error:
+                console.print(f"no report: {error}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _shown(bits: tuple[bool, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -30,6 +31,7 @@ from .measure import (
     relative_error,
 )
 from .models import Call
+from .record import Decision
 from .schedule import CacheSchedule
 from .version import __version__
 
@@ -58,11 +60,15 @@ class Workload(Protocol):
     def fidelity(self, outputs: list[Tensor], reference: list[Tensor]) -> dict[str, float]:
         """Figures that compare the outputs of all turns with the uncached ones."""
 
+    def shorter(self, steps: int) -> Workload | None:
+        """The same in fewer steps, where that means something."""
+
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table. latency: seconds per unit. ideal: speed-up by executed FLOPs. compile_s: capture and
-    compilation. recompiles: compilations after the first, short generation. cache_bytes: all contexts together."""
+    compilation. recompiles: compilations after the first, short generation. cache_bytes: all contexts together. beside:
+    of the uncached model in fewer steps, the schedule that costs as much."""
 
     name: str
     latency: float
@@ -74,11 +80,13 @@ class Row:
     recompiles: int = 0
     compile_s: float = 0.0
     why: str = ""
+    beside: str = ""
 
 
 @dataclass
 class Comparison:
-    """The table, the outputs by name and turn, and the raw samples."""
+    """The table, the outputs by name and turn, the decisions of each schedule's last generation, and the raw
+    samples."""
 
     model: str
     unit: str
@@ -87,6 +95,7 @@ class Comparison:
     rows: list[Row]
     timings: Timings
     outputs: dict[str, list[Tensor]] = field(repr=False)
+    decisions: dict[str, tuple[Decision, ...]] = field(default_factory=dict, repr=False)
     seconds: float = 0.0
 
     def columns(self) -> list[str]:
@@ -107,7 +116,7 @@ class Comparison:
 
     def cells(self, row: Row) -> list[str]:
         kinds = [key for key in ("psnr_db", "error", "accuracy") if any(key in other.fidelity for other in self.rows)]
-        first = row.name == self.timings.baseline
+        first, plain = row.name == self.timings.baseline, row.beside or row.name == self.timings.baseline
         ratio = row.speedup
         return [
             row.name,
@@ -115,7 +124,7 @@ class Comparison:
             "1" if first else f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
             f"{row.ideal:.2f}",
             *(_figure(kind, row.fidelity.get(kind)) for kind in kinds),
-            "-" if first else f"{row.cache_bytes / 2**20:.2f} MiB",
+            "-" if plain else f"{row.cache_bytes / 2**20:.2f} MiB",
             str(row.graph_breaks),
             str(row.recompiles),
             f"{row.compile_s:.1f}",
@@ -181,13 +190,20 @@ class _Contender:
 
     name: str
     denoiser: Denoiser
+    workload: Workload
     outputs: list[Tensor] = field(default_factory=list)
     use: CompilerUse = field(default_factory=CompilerUse)
     recompiles: int = 0
     compile_s: float = 0.0
     executed: Executed | None = None
+    decisions: tuple[Decision, ...] = ()
     cache_bytes: int = 0
     why: str = ""
+    beside: str = ""
+
+    @property
+    def ideal(self) -> float:
+        return self.executed.ideal_speedup if self.executed else 1.0
 
 
 def compare(
@@ -199,9 +215,11 @@ def compare(
     rounds: int = 5,
     backend: str = "inductor",
     decide: Decide = "host",
+    controls: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure the uncached model under torch.compile and, for each schedule, the cached one: `rounds` generations each.
+    """Measure the uncached model under torch.compile and, for each schedule, the cached one: `rounds` generations each;
+    with controls, where the workload can be had in fewer steps, also the uncached model in as many as cost the same.
 
     All of them run generation after generation in turn, the order shuffled each round; nothing else is compared with a
     figure of another run. progress: told of each stage.
@@ -211,7 +229,10 @@ def compare(
     contenders = [_prepare(BASELINE, module, None, workload, backend, told)]
     for title, schedule in schedules.items():
         contenders.append(_prepare(title, module, schedule, workload, backend, told, decide))
-    total, done = rounds * len(contenders) * workload.steps, 0
+        control = _control(contenders[-1], contenders, told) if controls else None
+        if control is not None:
+            contenders.append(control)
+    total, done = rounds * sum(c.workload.steps for c in contenders), 0
 
     def tick() -> None:
         nonlocal done
@@ -222,7 +243,7 @@ def compare(
         def run() -> None:
             turn = len(contender.outputs)
             with compiler_use() as use:
-                output = workload.generate(contender.denoiser, turn, None, tick)
+                output = contender.workload.generate(contender.denoiser, turn, None, tick)
             contender.outputs.append(output if output is not None else torch.empty(0))
             contender.recompiles += use.compilations
             contender.use.graph_breaks += use.graph_breaks
@@ -235,6 +256,7 @@ def compare(
         if isinstance(contender.denoiser, CachedDenoiser):
             contender.executed = executed_flops(contender.denoiser)
             contender.cache_bytes = contender.denoiser.stats().cache_bytes
+            contender.decisions = contender.denoiser.stats().decisions
             contender.why = contender.denoiser.summary()
     reference = contenders[0].outputs
     rows = [
@@ -242,19 +264,21 @@ def compare(
             name=c.name,
             latency=timings.median(c.name) / workload.units,
             speedup=timings.speedup(c.name),
-            ideal=c.executed.ideal_speedup if c.executed else 1.0,
+            ideal=workload.steps / c.workload.steps if c.beside else c.ideal,
             fidelity=workload.fidelity(c.outputs, reference),
             cache_bytes=c.cache_bytes,
             graph_breaks=c.use.graph_breaks,
             recompiles=c.recompiles,
             compile_s=c.compile_s,
             why=c.why,
+            beside=c.beside,
         )
         for c in contenders
     ]
     outputs = {c.name: c.outputs for c in contenders}
+    decisions = {c.name: c.decisions for c in contenders if c.decisions}
     spent = time.perf_counter() - begin
-    return Comparison(name, workload.unit, backend, workload.steps, rows, timings, outputs, spent)
+    return Comparison(name, workload.unit, backend, workload.steps, rows, timings, outputs, decisions, spent)
 
 
 def _prepare(
@@ -289,7 +313,23 @@ def _prepare(
         told(f"compile {title}", 0, 0)
         workload.generate(denoiser, 0, min(4, workload.steps), lambda: None)
         told(f"compile {title}", 1, 1)
-    return _Contender(title, denoiser, use=use, compile_s=time.perf_counter() - start)
+    return _Contender(title, denoiser, workload, use=use, compile_s=time.perf_counter() - start)
+
+
+def _control(cached: _Contender, others: list[_Contender], told: Progress) -> _Contender | None:
+    """The uncached model in as many steps as cost what a generation of this cached one does; None where the workload
+    has no such thing, or it is there already."""
+    whole = cached.workload
+    if not isinstance(cached.denoiser, CachedDenoiser) or whole.shorter(whole.steps) is None:
+        return None
+    told(f"cost of {cached.name}", 0, whole.steps)
+    done = itertools.count(1)
+    whole.generate(cached.denoiser, 0, None, lambda: told(f"cost of {cached.name}", next(done), whole.steps))
+    steps = max(round(whole.steps / executed_flops(cached.denoiser).ideal_speedup), 1)
+    shorter, name = whole.shorter(steps), f"{BASELINE}, {steps} steps"
+    if shorter is None or steps >= whole.steps or any(other.name == name for other in others):
+        return None
+    return _Contender(name, others[0].denoiser, shorter, beside=cached.name)
 
 
 @dataclass
@@ -327,6 +367,9 @@ class Calls:
         if isinstance(denoiser, CachedDenoiser):
             denoiser.reset()
         return torch.cat(kept) if kept else None
+
+    def shorter(self, steps: int) -> None:
+        """The inputs belong to the steps."""
 
     def fidelity(self, outputs: list[Tensor], reference: list[Tensor]) -> dict[str, float]:
         return {"error": relative_error(torch.cat(outputs), torch.cat(reference))} if self.varies else {}

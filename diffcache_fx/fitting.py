@@ -1,4 +1,4 @@
-"""What published methods fit to a model, from a recorded run: ratios, polynomials, plans.
+"""What published methods fit to a model, from a recorded run: ratios, polynomials, rows, plans.
 
 Each takes a `Recording` of the regions that the method caches (`RecordingDenoiser`), and returns what the method's
 factory in `schedules` is given.
@@ -6,12 +6,19 @@ factory in `schedules` is given.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import CalibrationError
+from .forecasts import Taylor
+from .planning import LONGEST, Array, Planned, Planner
 from .recording import Recording, RegionRecord
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 TEA_DEGREE = 4
 LOOKAHEAD = 3
@@ -87,10 +94,114 @@ def block_plan(recording: Recording, delta: float = DELTA) -> tuple[tuple[int, .
     return tuple(bits)
 
 
+def learned_rows(recording: Recording, bits: Sequence[int], history: int = 3) -> tuple[tuple[float, ...], ...]:
+    """L2P (Shen et al., CVPR 2026, arXiv 2604.26365): for each step that `bits` does not compute, the weights of the
+    last refreshed values (newest first) that come nearest to what it computes. There the weights of all earlier steps
+    are learned by gradient descent from hold; the squares are the same, and solved here. For `schedules.l2p`."""
+    (region,) = _regions(recording, 1)
+    if len(bits) != recording.steps or not bits[0]:
+        raise CalibrationError(
+            f"bits must have one entry for each of the {recording.steps} recorded steps, and compute the first"
+        )
+    planner = Planner(region.gram.numpy(), np.ones(recording.steps), history=history)
+    rows: list[tuple[float, ...]] = []
+    past: list[int] = []
+    for step, computed in enumerate(bits):
+        if computed:
+            past = [step, *past][:history]
+        rows.append((1.0,) if computed else tuple(float(w) for w in planner.own_weights(past, step)))
+    return tuple(rows)
+
+
+def dynamic_plan(
+    recording: Recording, refreshes: int, *, order: int = 2, warm_up: int = 3, longest: int = LONGEST
+) -> tuple[int, ...]:
+    """DPCache (arXiv 2602.22654): a bit for each step, 1 to compute, `refreshes` at the most, that minimise what
+    Taylor's forecast of this order (1 or 2) is off by, summed over the steps; the first `warm_up` compute. By dynamic
+    programming over the refreshes that a forecast sees, where theirs follows the best path to the last of them; in L2
+    norms, which a recording keeps, where theirs are L1. For `schedules.mask(bits=, forecast=Taylor(order))`."""
+    (region,) = _regions(recording, 1)
+    planner = _TaylorPlanner(region.gram.numpy(), order, longest, warm_up)
+    chosen = planner.selected(refreshes)
+    return tuple(int(step in chosen) for step in range(recording.steps))
+
+
+class _TaylorPlanner(Planner):
+    """Fills steps by Taylor's forecast, and adds up what each is off by."""
+
+    def __init__(self, gram: Array, order: int, longest: int, warm_up: int) -> None:
+        super().__init__(gram, np.ones(len(gram)), history=order + 1, longest=longest, warm_up=warm_up)
+        self._forecast = Taylor(order)
+
+    def run_errors(self, past: tuple[int, ...]) -> Array:
+        if past not in self._runs:
+            errors = [0.0]
+            for step in range(past[0] + 1, min(past[0] + self.longest, self.steps - 1) + 1):
+                off = np.zeros(self.steps)
+                off[step] = 1.0
+                off[list(past)] -= np.array(self._forecast.weights([float(p) for p in past], float(step), {}))
+                errors.append(math.sqrt(max(float(off @ self.gram @ off), 0.0)))
+            self._runs[past] = np.cumsum(errors)
+        return self._runs[past]
+
+
+def minimax_plan(errors: Array, refreshes: int) -> tuple[int, ...]:
+    """LeMiCa (Gao et al., 2025, arXiv 2511.00090): a bit for each step, 1 to compute: the path of at most so many
+    refreshes whose worst run of reuses is least, then its second worst, and so on. errors: of `segment_errors`, [steps,
+    steps + 1]. For `schedules.mask(bits=)`."""
+    steps = len(errors)
+    best: dict[int, tuple[tuple[float, ...], tuple[int, ...]]] = {0: ((), (0,))}
+    found: list[tuple[tuple[float, ...], tuple[int, ...]]] = []
+    for _ in range(min(refreshes, steps)):
+        reached: dict[int, tuple[tuple[float, ...], tuple[int, ...]]] = {}
+        for last, (worst, path) in best.items():
+            for following in range(last + 1, steps + 1):
+                if not np.isfinite(errors[last, following]):
+                    continue
+                weights = tuple(sorted((*worst, float(errors[last, following])), reverse=True))
+                if following == steps:
+                    found.append((weights, path))
+                elif following not in reached or weights < reached[following][0]:
+                    reached[following] = weights, (*path, following)
+        best = reached
+    if not found:
+        raise CalibrationError(f"{refreshes} refreshes do not span {steps} steps with the runs that were measured")
+    width = max(len(weights) for weights, _ in found)
+    _, path = min(found, key=lambda entry: (*entry[0], *[0.0] * (width - len(entry[0]))))
+    return tuple(int(step in path) for step in range(steps))
+
+
+def segment_errors(calibration: Calibration, longest: int = LONGEST) -> Array:
+    """What LeMiCa weighs its graph with: [steps, steps + 1], the mean absolute change of the final samples when the
+    value computed at step i is held up to step j, and all other steps compute; 0 for j = i + 1, infinite where the run
+    is longer than `longest`. Each is the rest of a generation."""
+    steps = calibration.steps
+    errors = np.full((steps, steps + 1), np.inf)
+    for first in range(steps):
+        errors[first, first + 1] = 0.0
+        for end in range(first + 2, min(first + longest + 1, steps) + 1):
+            calibration.told("segments", first, steps)
+            held = set(range(first + 1, end))
+            plan = Planned(tuple(step for step in range(steps) if step not in held), ((1.0,),) * steps, 0.0, 0.0)
+            samples = calibration.tried(plan, calibration.seed)
+            errors[first, end] = float((samples - calibration.reference).abs().mean())
+    calibration.told("segments", steps, steps)
+    return errors
+
+
 def _regions(recording: Recording, count: int) -> tuple[RegionRecord, ...]:
     if len(recording.regions) != count:
         raise CalibrationError(f"this method caches {count} region, and {len(recording.regions)} were recorded")
     return recording.regions
 
 
-__all__ = ["block_plan", "magnitude_ratios", "smooth_plans", "tea_coefficients"]
+__all__ = [
+    "block_plan",
+    "dynamic_plan",
+    "learned_rows",
+    "magnitude_ratios",
+    "minimax_plan",
+    "segment_errors",
+    "smooth_plans",
+    "tea_coefficients",
+]

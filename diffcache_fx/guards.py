@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from .adaptive import ADAPTIVE, AdaptiveGuard, as_numbers, check_threshold
+from .adaptive import ADAPTIVE, AdaptiveGuard
 from .errors import ScheduleError
+from .judgement import as_numbers, check_threshold
 from .selection import Count, absolute, check_count
 
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from .adaptive import check_threshold
 from .errors import ScheduleError
 from .guards import check_window
+from .judgement import check_threshold
 from .recognition import Context, Place
 from .state import CacheState
 

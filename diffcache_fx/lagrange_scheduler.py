@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .collocation import Table, table
 from .errors import CallError, ScheduleError
-from .probability_flow import FLOW, VARIANCE_PRESERVING, FlowMatching, ProbabilityFlow, VariancePreserving
+from .probability_flow import FLOW, VARIABLES, VARIANCE_PRESERVING, FlowMatching, ProbabilityFlow
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class LagrangeScheduler(SchedulerMixin, ConfigMixin):
     reuse_last: the last evaluation of a step is the first of the next: N (K - 1) model calls a step and not 1 more.
     final: the last step ends at s = 0, where there may be nothing to evaluate: "open" places all nodes before it,
         "euler" takes one Euler step.
+    variable: what is integrated over where the noising preserves variance: "noise_to_signal", the s above, or "angle",
+        its arc tangent, with u = x and F the v of v-prediction, which does not grow without bound towards pure noise.
+        None: "noise_to_signal" up to two nodes, which makes them DDIM and Heun, and "angle" beyond.
     prediction_type: "epsilon", "v_prediction", "sample", or "flow_prediction".
     The other arguments are those of diffusers' DDIMScheduler, and with flow matching of
     FlowMatchEulerDiscreteScheduler, which set the outer grid; `LagrangeScheduler.from_config(pipe.scheduler.config)`
@@ -70,6 +74,7 @@ class LagrangeScheduler(SchedulerMixin, ConfigMixin):
         sweep: str = "gauss-seidel",
         reuse_last: bool = True,
         final: str = "open",
+        variable: str | None = None,
         prediction_type: str = "epsilon",
         num_train_timesteps: int = 1000,
         beta_start: float = 0.0001,
@@ -96,11 +101,13 @@ class LagrangeScheduler(SchedulerMixin, ConfigMixin):
             ("placing", placing, ("uniform", "chebyshev")),
             ("sweep", sweep, ("gauss-seidel", "jacobi")),
             ("final", final, ("open", "euler")),
+            ("variable", variable, (None, *VARIABLES)),
             ("prediction_type", prediction_type, (*VARIANCE_PRESERVING, FLOW)),
         ):
             if value not in known:
-                raise ScheduleError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        self.flow: ProbabilityFlow = FlowMatching(self.config) if self.is_flow else VariancePreserving(self.config)
+                raise ScheduleError(f"{name} must be one of {', '.join(map(str, known))}, not {value!r}")
+        over = VARIABLES[variable or ("angle" if nodes > 2 else "noise_to_signal")]
+        self.flow: ProbabilityFlow = FlowMatching(self.config) if self.is_flow else over(self.config)
         self.num_inference_steps: int | None = None
         self._calls: list[_Call] = []
         self.timesteps = torch.from_numpy(np.arange(num_train_timesteps)[::-1].copy().astype(np.float32))
@@ -110,10 +117,12 @@ class LagrangeScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As every scheduler's; a configuration that knows of shifts and of no betas is of flow matching. Raises
-        ScheduleError for one whose time runs backwards."""
+        """As every scheduler's, taking over also what was left at another class's defaults; a configuration that knows
+        of shifts and of no betas is of flow matching. Raises ScheduleError for one whose time runs backwards."""
         if config is not None and config.get("invert_sigmas"):
             raise ScheduleError("invert_sigmas is not offered: this model's time runs from data to noise")
+        if isinstance(config, Mapping):
+            config = {name: value for name, value in config.items() if name != "_use_default_values"}
         if config is not None and "prediction_type" not in config and "beta_start" not in config and "shift" in config:
             kwargs.setdefault("prediction_type", FLOW)
         return super().from_config(config, return_unused_kwargs, **kwargs)

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .adaptive import AdaptiveGuard, Verdict
+from .adaptive import AdaptiveGuard
 from .arithmetic import Number, at_least, both, either, negation, where
+from .judgement import Judgement
 
 # Reuses in a row, reuses and refreshes of the generation so far.
 COUNTERS = ("run", "reuses", "refreshes")
@@ -34,7 +35,7 @@ def decide(
     force: Number | bool,
     moment: Sequence[Number],
     hold: Number | bool = False,
-) -> Verdict:
+) -> Judgement:
     """Refresh or reuse, and the numbers for the next step (before `settled`).
 
     hold: reuse because another guidance branch does, whatever this one's signal says, unless a refresh is forced.
@@ -44,16 +45,16 @@ def decide(
     for name, most in (("run", limits.longest_reuse), ("reuses", limits.most_reuses)):
         if most is not None:
             force = either(force, at_least(memory[name], float(most)))
-    verdict = guard.decide(measured, memory, force, moment)
+    judged = guard.decide(measured, memory, force, moment)
     follow = both(hold, negation(force))
-    refresh = both(verdict.refresh, negation(follow))
-    own = {name: where(follow, memory[name], value) for name, value in verdict.memory.items()}
+    refresh = both(judged.refresh, negation(follow))
+    own = {name: where(follow, memory[name], value) for name, value in judged.memory.items()}
     counters = {
         "run": where(refresh, 0.0, memory["run"] + 1.0),
         "reuses": where(refresh, memory["reuses"], memory["reuses"] + 1.0),
         "refreshes": where(refresh, memory["refreshes"] + 1.0, memory["refreshes"]),
     }
-    return Verdict(refresh, verdict.signal, verdict.limit, {**own, **counters})
+    return Judgement(refresh, judged.signal, judged.limit, {**own, **counters})
 
 
 def settled(

@@ -1,4 +1,4 @@
-"""The MODEL argument: `digits`, a diffusers folder or hub id, or `package.module:factory`."""
+"""The MODEL argument: `digits`, `digit-pairs`, a diffusers folder or hub id, or `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from torch import nn
 
 from .demo.demo import Demo
 from .demo.digits import load_digits
+from .demo.pairs import load_pairs
 from .errors import CacheError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-FORMS = "`digits`, a diffusers folder or hub id, or `package.module:factory`"
+FORMS = "`digits`, `digit-pairs`, a diffusers folder or hub id, or `package.module:factory`"
 _INDEX = "model_index.json"
 PARTS = ("transformer", "unet", "prior", "decoder")
-DEMOS: dict[str, Callable[..., Demo]] = {"digits": load_digits}
+DEMOS: dict[str, Callable[..., Demo]] = {"digits": load_digits, "digit-pairs": load_pairs}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Target:
     """A model to work on.
 
     inputs: the call of one step, by the step's number; None where nothing can be inferred. varies: whether the calls of
-    different steps differ. demo: everything else of the shipped demo, for `digits`.
+    different steps differ. demo: everything else of the shipped demo, for `digits` and `digit-pairs`.
     """
 
     name: str

@@ -129,8 +129,8 @@ class Planner:
                 found[step] = past
         return found
 
-    def _own(self, past: Sequence[int], step: int) -> Array:
-        """The least-squares weights of one step by itself."""
+    def own_weights(self, past: Sequence[int], step: int) -> Array:
+        """The weights of refreshes (newest first) that fill one step best by itself, by least squares."""
         rows = list(past)
         if len(rows) == 1:
             return np.ones(1)
@@ -213,7 +213,7 @@ class Planner:
             errors = [0.0]
             for step in range(past[0] + 1, min(past[0] + self.longest, self.steps - 1) + 1):
                 moved[step] += self.gains[step]
-                moved[list(past)] -= self.gains[step] * self._own(past, step)
+                moved[list(past)] -= self.gains[step] * self.own_weights(past, step)
                 used = np.flatnonzero(moved)
                 errors.append(max(float(moved[used] @ self.gram[np.ix_(used, used)] @ moved[used]), 0.0))
             self._runs[past] = np.array(errors)

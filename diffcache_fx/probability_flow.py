@@ -3,6 +3,7 @@ schedulers on them."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -102,6 +103,38 @@ class VariancePreserving(ProbabilityFlow):
         return self.scaled(original + place * noise, place)
 
 
+class Angular(VariancePreserving):
+    """The same on a circle: x = cos(s) x0 + sin(s) noise, u = x, F = cos(s) noise - sin(s) x0, the v of v-prediction.
+    Where there is hardly any signal left, sqrt((1 - alpha_bar) / alpha_bar) grows without bound and s does not, so that
+    nodes at equal distances go where something changes."""
+
+    def outer(self, steps: int | None, sigmas: Any, mu: float | None) -> np.ndarray:
+        return np.arctan(super().outer(steps, sigmas, mu))
+
+    def moments(self, places: np.ndarray) -> np.ndarray:
+        return super().moments(np.tan(places))
+
+    def places(self, moments: np.ndarray) -> np.ndarray:
+        return np.arctan(super().places(moments))
+
+    def slope(self, output: Tensor, sample: Tensor, place: float) -> Tensor:
+        signal, noise = math.cos(place), math.sin(place)
+        if self._kind == "epsilon":
+            return (output - noise * sample) / signal
+        if self._kind == "v_prediction":
+            return output
+        return (signal * sample - output) / noise
+
+    def unscaled(self, sample: Tensor, place: Any) -> Tensor:
+        return sample
+
+    def scaled(self, value: Tensor, place: Any) -> Tensor:
+        return value
+
+    def noised(self, original: Tensor, noise: Tensor, place: Tensor) -> Tensor:
+        return place.cos() * original + place.sin() * noise
+
+
 class FlowMatching(ProbabilityFlow):
     """u = x = (1 - s) x0 + s noise, F the velocity noise - x0."""
 
@@ -132,3 +165,6 @@ class FlowMatching(ProbabilityFlow):
 
     def noised(self, original: Tensor, noise: Tensor, place: Tensor) -> Tensor:
         return torch.lerp(original, noise, place)
+
+
+VARIABLES: dict[str, type[VariancePreserving]] = {"noise_to_signal": VariancePreserving, "angle": Angular}

@@ -1,7 +1,7 @@
 """Recording a sampling run: the uncached model as one instrumented program, and what it tells of every region and step.
 
 No hooks: the program is the full step with measurements added (`passes.measure`), compiled like any other. What is kept
-is bounded: scalars and sketches, never the values themselves beyond the last few steps.
+is bounded: scalars, sketches and the outputs of the model, never the values inside beyond the last few steps.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ QUANTITIES: tuple[tuple[str, Reference], ...] = (
     ("latents", Latents()),
     ("output", ModelOutput()),
 )
+
+
+# By guidance branch and step, the tensors that the model returned.
+Replay = Mapping[str, Sequence[Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,11 @@ class Recording:
 
 @dataclass
 class _Run:
-    """One sequence of steps. signals: by step, by target. lags: by step and region, the slot of each lag."""
+    """One sequence of steps. signals: by step, by target. lags: by step and region, the slot of each lag. outputs: by
+    step, what the model returned."""
 
     name: str
+    outputs: list[list[Tensor]] = field(default_factory=list)
     signals: list[dict[str, Tensor]] = field(default_factory=list)
     lags: list[dict[str, tuple[int, ...]]] = field(default_factory=list)
     timesteps: list[float | None] = field(default_factory=list)
@@ -123,6 +129,7 @@ class _RecordingDriver(Driver):
         self._kept[name] = dict(results.memory)
         run.signals.append(results.signals)
         run.timesteps.append(place.timestep)
+        run.outputs.append([output.clone() for output in results.users])
         for region_name, values in results.states.items():
             state.histories[region_name].refresh(values, float(place.position))
         return results.users, self._decision(steps, place, frozenset(), reason)
@@ -165,6 +172,11 @@ class RecordingDenoiser(CachedDenoiser):
     def forget(self) -> None:
         """Drop what was recorded."""
         self._own["runs"].clear()
+
+    def outputs(self) -> Replay:
+        """What the model returned, of each guidance branch that ran once."""
+        names = [run.name for run in self._own["runs"]]
+        return {run.name: tuple(run.outputs) for run in self._own["runs"] if names.count(run.name) == 1}
 
     def recording(self) -> Recording:
         """What was recorded so far. Raises CalibrationError where nothing was, or runs differ in length."""
@@ -235,4 +247,4 @@ def _table(runs: Sequence[_Run], region: str, target: str, steps: int) -> tuple[
     return by_lag, _mean(runs, f"{target}/size"), grown, gram
 
 
-__all__ = ["LAGS", "WIDTH", "Recording", "RecordingDenoiser", "RegionRecord"]
+__all__ = ["LAGS", "WIDTH", "Recording", "RecordingDenoiser", "RegionRecord", "Replay"]

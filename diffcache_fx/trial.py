@@ -6,17 +6,47 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .compile import Options
 from .denoiser import CachedDenoiser
+from .driver import Driver
 from .forecasts import Binomial, Rows
 from .guards import Interval, Mask
+from .plan import Reused
 from .provenance import Provenance
+from .recognition import Place
+from .record import Decision
+from .recording import Replay
 from .schedule import CacheSchedule, Rule
 from .selection import Selection
+from .state import CacheState
+from .step_set import StepSet
 
 NAME = "calibrated"
+
+
+class _TrialDriver(Driver):
+    """Says what the model is known to say, up to the first value that is reused later: until then nothing differs from
+    the uncached run."""
+
+    def __init__(self, schedule: CacheSchedule, num_steps: int | None, known: Replay, first: int) -> None:
+        super().__init__(schedule, num_steps)
+        self._known, self._first = known, first
+
+    def _run_specialised(
+        self,
+        steps: StepSet,
+        place: Place,
+        allowed: Reused,
+        reason: str,
+        state: CacheState,
+        users: Mapping[int, Tensor],
+    ) -> tuple[list[Tensor], Decision]:
+        known = self._known.get(place.context.name)
+        if known is None or place.step >= self._first:
+            return super()._run_specialised(steps, place, allowed, reason, state, users)
+        return [output.clone() for output in known[place.step]], self._decision(steps, place, frozenset(), "replayed")
 
 
 class Trial(CachedDenoiser):
@@ -35,12 +65,26 @@ class Trial(CachedDenoiser):
         self_made = CacheSchedule(NAME, (Rule(regions, Interval(2), Binomial(history), storage),))
         options = Options(backend, steps, backend_options=backend_options)
         super().__init__(model, self_made, options)
+        self._own["known"], self._own["first"] = {}, 0
 
-    def follow(self, bits: Sequence[bool], rows: Sequence[Sequence[float]]) -> None:
-        """From the next generation on, of all threads."""
+    def follow(self, bits: Sequence[bool], rows: Sequence[Sequence[float]], known: Replay | None = None) -> None:
+        """From the next generation on, of all threads. known: what the model returns in the uncached run that begins
+        with the same noise; steps before the first refresh that matters are not computed again."""
         (rule,) = self._own["schedule"].rules
         self._own["schedule"] = planned(rule.regions, rule.storage, bits, rows)
+        self._own["known"], self._own["first"] = known or {}, first_used(bits, rows)
         self._own["local"] = threading.local()
+
+    def _make_driver(self) -> Driver:
+        num_steps = self._own["options"].num_steps
+        return _TrialDriver(self._own["schedule"], num_steps, self._own["known"], self._own["first"])
+
+
+def first_used(bits: Sequence[bool], rows: Sequence[Sequence[float]]) -> int:
+    """The first step whose refreshed value a later step reuses; the number of steps where none does."""
+    reused = [step for step, refreshed in enumerate(bits) if not refreshed]
+    seen = [[past for past in range(step) if bits[past]][-len(rows[step]) :] for step in reused]
+    return min((past[0] for past in seen if past), default=len(bits))
 
 
 def planned(

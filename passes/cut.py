@@ -114,7 +114,8 @@ class ComputeCut:
             if rule.storage == "residual" and base is None and floating:
                 raise RegionError(
                     f"region {region.name!r} cannot be stored as a residual: no value shaped {tuple(example.shape)} "
-                    f"enters it to compare {node.name} with; use storage='value', or a schedule that holds values"
+                    f"enters it to compare {node.name} with; use a schedule that holds values, such as interval or "
+                    "first_block_cache, or storage='value' in a Rule of your own"
                 )
             order = _memory_order(example)
             values.append(

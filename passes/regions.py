@@ -158,7 +158,11 @@ def _sublayers(program: StepProgram, selection: Sublayers, reach: Reach) -> Foun
         kinds = sorted({layer.kind for layer in layers})
         raise RegionError(
             f"no {' or '.join(selection.kinds)} layers were found in this model"
-            + (f"; found: {', '.join(kinds)}" if kinds else "; select by module path: Modules(('*.attn',))")
+            + (
+                f"; found: {', '.join(kinds)}: select these, or take a schedule that needs others, such as interval"
+                if kinds
+                else "; select by module path: Modules(('*.attn',))"
+            )
         )
     return found
 

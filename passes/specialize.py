@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from diffcache_fx.adaptive import relative_l1
 from diffcache_fx.errors import RegionError, nearest
+from diffcache_fx.judgement import relative_l1
 from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram, output_node, returned
 
 from .emit import (

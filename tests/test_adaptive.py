@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from diffcache_fx.adaptive import AdaptiveGuard, DraftError, OutputChange, ProbeChange, RelativeChange, relative_l1
+from diffcache_fx.adaptive import AdaptiveGuard, DraftError, OutputChange, ProbeChange, RelativeChange
+from diffcache_fx.judgement import relative_l1
 from diffcache_fx.limits import Limits, decide, numbers_of, settled
 from diffcache_fx.references import Latents, ModulatedInput
 

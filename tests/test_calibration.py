@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,10 +14,13 @@ from torch import nn
 from diffcache_fx import CacheSchedule, Trunk, compile_with_cache, export, schedules
 from diffcache_fx.calibration import Calibration, calibrate
 from diffcache_fx.errors import CalibrationError
+from diffcache_fx.fitting import minimax_plan, segment_errors
 from diffcache_fx.forecasts import Linear
 from diffcache_fx.measure import relative_error
+from diffcache_fx.planning import Planned
 from diffcache_fx.provenance import hash_of_weights
 from diffcache_fx.targets import Latency, Psnr, RelativeL1, Speedup
+from diffcache_fx.trial import first_used
 
 from .tiny_pipelines import CASES
 
@@ -151,7 +155,7 @@ def test_without_a_history_values_are_held() -> None:
 
 
 def test_an_error_below_rounding_is_refused(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_covers", lambda *_: False)
+    monkeypatch.setattr("diffcache_fx.finding._covering", lambda *_: 1.0)
     with pytest.raises(CalibrationError, match=r"Psnr\(decibels=200, .*cannot be met"):
         calibration.find(Psnr(200))
 
@@ -251,6 +255,45 @@ def test_bad_input() -> None:
 def test_a_target_is_one_of_four(calibration: Calibration) -> None:
     with pytest.raises(CalibrationError, match="a target is one of Speedup, Latency, Psnr, RelativeL1, not 2"):
         calibration.find(2)  # type: ignore[arg-type]
+
+
+def test_what_is_known_of_the_uncached_run_is_not_computed_again(calibration: Calibration) -> None:
+    """Up to the first value that is reused, and with the same samples."""
+    held = [(1.0,)] * STEPS
+    plan = Planned(tuple(step for step in range(STEPS) if step != 7), tuple(held), 0.0, 0.0)
+    samples = {replay: calibration.tried(plan, 0, replay) for replay in (True, False)}
+    assert relative_error(samples[True], samples[False]) < 1e-6
+    assert first_used(plan.bits, held) == 6
+    assert first_used(plan.bits, [(0.5, 0.5)] * STEPS) == 5
+    assert first_used((True,) * STEPS, held) == STEPS
+
+
+def test_a_sampler_of_several_generations_replays_none() -> None:
+    """Which of them a call belongs to is not known."""
+
+    def twice(denoiser: Any, seed: int) -> torch.Tensor:
+        return torch.cat((sampler(denoiser, seed), sampler(denoiser, seed + 1000)))
+
+    found = Calibration(MODEL, twice, backend="eager", probes=2).find(Psnr(45.0))
+    assert sum(found.plan.bits) < STEPS
+    assert found.recording.runs == 2
+    errors = (twice(compile_with_cache(MODEL, found.schedule, backend="eager"), 7) - twice(MODEL, 7)).square()
+    assert float(errors.detach().mean()) < Psnr(42.0).largest
+
+
+def test_segments_are_measured_one_by_one(calibration: Calibration) -> None:
+    """As LeMiCa's graph wants them."""
+    errors = segment_errors(calibration, longest=2)
+    finite = [(first, end) for first in range(STEPS) for end in range(first + 1, min(first + 3, STEPS) + 1)]
+    assert sorted(map(tuple, np.argwhere(np.isfinite(errors)).tolist())) == finite
+    bits = [step not in (5, 6) for step in range(STEPS)]
+    held = schedules.mask(bits, regions=Trunk())
+    with torch.no_grad():
+        moved = (drawn(held, 0) - sampler(MODEL, 0)).abs().mean()
+    assert errors[4, 7] == pytest.approx(float(moved), rel=1e-3)
+    plan = minimax_plan(errors, 6)
+    assert sum(plan) == 6
+    assert mse(schedules.mask(plan, regions=Trunk()), 5) < mse(schedules.mask([1] * 6 + [0] * 6, regions=Trunk()), 5)
 
 
 def test_progress_is_told() -> None:

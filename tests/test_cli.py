@@ -161,7 +161,12 @@ def test_demo_writes_picture_and_tables(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["digits.png", "table.json", "table.md"]
     data = json.loads((out / "table.json").read_text())
     rows = {row["name"]: row for row in data["rows"]}
-    assert list(rows) == ["uncached", schedule, "always"]
+    fewer = "uncached, 2 steps"
+    assert list(rows) == ["uncached", schedule, fewer, "always"]
+    assert rows[fewer]["beside"] == schedule
+    assert rows[fewer]["ideal"] == 2
+    assert 0 < rows[fewer]["fidelity"]["psnr_db"] < 60
+    assert len(data["samples_s"][fewer]) == 2
     assert rows["always"]["fidelity"]["psnr_db"] is None  # infinite: refreshing everything changes nothing
     assert rows["always"]["ideal"] == 1
     assert 0 < rows[schedule]["fidelity"]["psnr_db"] < 60

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from diffcache_fx import LagrangeScheduler
 from diffcache_fx.collocation import table
+from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.errors import CallError, ScheduleError
+from diffcache_fx.measure import psnr
+from diffcache_fx.probability_flow import Angular
 
 Model = Callable[[Tensor, Any], Tensor]
 MEANS = torch.tensor([[2.0, 0.0, -1.0], [-1.5, 1.0, 0.5], [0.0, -2.0, 1.0]])
@@ -35,6 +38,7 @@ def variance_preserving(scheduler: LagrangeScheduler) -> Model:
 
     def model(x: Tensor, moment: Any) -> Tensor:
         s = torch.from_numpy(scheduler.flow.places(np.array([float(moment)]))).double()
+        s = s.tan() if isinstance(scheduler.flow, Angular) else s
         return noise_of_mixture(x.double() * (1 + s**2).sqrt(), s)
 
     return model
@@ -88,6 +92,46 @@ def test_two_nodes_and_one_round_is_heun(prediction: str) -> None:
     assert (run(ours, model, x) - expected).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_what_is_integrated_over_does_not_change_the_solution(prediction: str) -> None:
+    """In small steps; and the slope is the v of v-prediction, whatever the model predicts."""
+    ends = []
+    for variable in ("noise_to_signal", "angle"):
+        scheduler = LagrangeScheduler(4, 3, variable=variable, prediction_type=prediction)
+        scheduler.set_timesteps(50)
+
+        def model(x: Tensor, moment: Any, scheduler: Any = scheduler, variable: str = variable) -> Tensor:
+            epsilon = variance_preserving(scheduler)(x, moment)
+            s = float(scheduler.flow.places(np.array([float(moment)]))[0])
+            angle = torch.tensor(s if variable == "angle" else np.arctan(s)).double()
+            clean = (x - angle.sin() * epsilon) / angle.cos()
+            return {"epsilon": epsilon, "sample": clean, "v_prediction": angle.cos() * epsilon - angle.sin() * clean}[
+                prediction
+            ]
+
+        ends.append(run(scheduler, model, noise().double()))
+    assert (ends[0] - ends[1]).abs().max() < 2e-3
+
+
+def test_over_the_angle_few_steps_from_pure_noise_lose_less() -> None:
+    """On the trained digits, whose noise-to-signal ratio starts at 157."""
+    demo, labels = load_digits(), [3, 8]
+
+    def drawn(steps: int, variable: str, nodes: int = 3) -> Tensor:
+        config = {**demo.scheduler().config, "timestep_spacing": "trailing"}
+        scheduler = LagrangeScheduler.from_config(config, nodes=nodes, variable=variable)
+        return demo.draw(demo.model, labels, scheduler=scheduler, num_steps=steps)
+
+    reference = drawn(24, "angle", nodes=2)
+    assert psnr(drawn(6, "angle"), reference) > 30
+    assert psnr(drawn(6, "noise_to_signal"), reference) < 15
+
+
+def test_what_is_integrated_over_by_default() -> None:
+    flows = [LagrangeScheduler(nodes).flow for nodes in (1, 2, 3)]
+    assert [isinstance(flow, Angular) for flow in flows] == [False, False, True]
+
+
 def test_one_node_is_ddim() -> None:
     ours, ddim = LagrangeScheduler(1), DDIMScheduler(clip_sample=False)
     ours.set_timesteps(20)
@@ -113,7 +157,7 @@ def error(scheduler: LagrangeScheduler, steps: int, reference: Tensor) -> float:
     return float((run(scheduler, model, noise().double()) - reference).norm(dim=1).mean())
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
+@pytest.mark.parametrize("kind", ["epsilon", "angle", "flow_prediction"])
 @pytest.mark.parametrize(("nodes", "refinements", "order"), [(1, 1, 1), (2, 1, 2), (3, 1, 2), (3, 2, 3), (4, 3, 4)])
 @pytest.mark.parametrize("sweep", ["jacobi", "gauss-seidel"])
 def test_order_of_convergence(kind: str, nodes: int, refinements: int, order: int, sweep: str) -> None:
@@ -133,11 +177,14 @@ def _solution(kind: str) -> Tensor:
 
 def _smooth(nodes: int, refinements: int, kind: str, sweep: str) -> LagrangeScheduler:
     """With an outer grid that ends before 0 and is smooth: the order shows on it, not the end of the schedule."""
-    scheduler = LagrangeScheduler(nodes, refinements, reuse_last=False, prediction_type=kind, sweep=sweep)
+    variable, prediction = ("angle", "epsilon") if kind == "angle" else ("noise_to_signal", kind)
+    made_for = {"variable": variable, "prediction_type": prediction}
+    scheduler = LagrangeScheduler(nodes, refinements, reuse_last=False, sweep=sweep, **made_for)
 
     def set_timesteps(steps: int) -> None:
         scheduler.num_inference_steps = steps
-        scheduler._outer = np.linspace(0.95, 0.05, steps + 1) if scheduler.is_flow else np.geomspace(20, 0.1, steps + 1)
+        grids = {"epsilon": np.geomspace(20, 0.1, steps + 1), "angle": np.linspace(1.5, 0.1, steps + 1)}
+        scheduler._outer = grids.get(kind, np.linspace(0.95, 0.05, steps + 1))
         scheduler._calls = scheduler._layout()
         places = np.array([scheduler._place(call) for call in scheduler._calls])
         scheduler.timesteps = torch.from_numpy(scheduler.flow.moments(places))
@@ -206,6 +253,7 @@ def test_noise_is_added_as_the_others_do() -> None:
         ({"refinements": 1.5}, "refinements must be a whole number"),
         ({"sweep": "seidel"}, "sweep must be one of gauss-seidel, jacobi, not 'seidel'"),
         ({"prediction_type": "eps"}, "prediction_type must be one of"),
+        ({"variable": "time"}, "variable must be one of None, noise_to_signal, angle, not 'time'"),
     ],
 )
 def test_refused(options: dict[str, Any], words: str) -> None:

@@ -98,8 +98,8 @@ def test_score() -> None:
     labels = torch.arange(10)
     labels[0] = 5
     distance = FrechetDistance(images[:, 0, 0, :4])
-    found = score(images, labels, Classifier(), distance, images)
+    found = score(images, labels, Classifier().predict, distance, images)
     assert found["accuracy"].value == pytest.approx(0.9)
     assert found["ssim"].value == pytest.approx(1)
     assert found["frechet"].value == pytest.approx(0, abs=1e-9)
-    assert set(score(images, labels, Classifier(), distance, None)) == {"accuracy", "frechet"}
+    assert set(score(images, labels, Classifier().predict, distance, None)) == {"accuracy", "frechet"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +70,9 @@ class Digits:
         except _Enough:
             return None
 
+    def shorter(self, steps: int) -> Digits:
+        return replace(self, steps=steps)
+
     def fidelity(self, outputs: list[Tensor], reference: list[Tensor]) -> dict[str, float]:
         """PSNR to the uncached images, and the share of images in which the classifier reads what was asked for."""
         read, _ = self.demo.read(torch.cat(outputs))
@@ -105,15 +108,20 @@ def write(found: Comparison, out: Path) -> None:
 
 
 NOTES = """Latency: median over generations of ten images, all schedules in turn in one run. Ideal: speed-up by executed
-FLOPs. PSNR: to the uncached images of the same noise. Accuracy: share of images read as the class asked for.
+FLOPs. PSNR: to the uncached images of the same noise. Accuracy: share of images read as the class asked for. Uncached
+in fewer steps: as many as cost what the schedule above costs.
 """
 
 
 def picture(found: Comparison, columns: int = 2, scale: int = 2, margin: int = 12) -> Image.Image:
-    """One grid for each contender, a row for each turn, with captions; grids side by side in `columns`."""
+    """One grid for each contender, a row for each turn, with captions; grids side by side in `columns`; where there are
+    controls, each beside its schedule."""
     font, small = ImageFont.load_default(18), ImageFont.load_default(14)
-    panels = []
+    panels: list[Image.Image | None] = []
+    paired = any(row.beside for row in found.rows)
     for row in found.rows:
+        if paired and not row.beside and len(panels) % 2:
+            panels.append(None)
         grid = Image.fromarray(image_grid(torch.cat(found.outputs[row.name])).numpy())
         grid = grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.BICUBIC)
         panel = Image.new("L", (grid.width, grid.height + 52), 255)
@@ -124,12 +132,14 @@ def picture(found: Comparison, columns: int = 2, scale: int = 2, margin: int = 1
         panels.append(panel)
     lines = -(-len(panels) // columns)
     across = min(columns, len(panels))
-    width, height = panels[0].size
+    width, height = next(panel.size for panel in panels if panel is not None)
     size = (across * (width + margin) + margin, lines * (height + margin) + margin)
     canvas = Image.new("L", size, 255)
-    for index, panel in enumerate(panels):
+    for index, drawn in enumerate(panels):
+        if drawn is None:
+            continue
         down, right = divmod(index, columns)
-        canvas.paste(panel, (margin + right * (width + margin), margin + down * (height + margin)))
+        canvas.paste(drawn, (margin + right * (width + margin), margin + down * (height + margin)))
     return canvas
 
 

@@ -1,0 +1,105 @@
+"""Samplers at equal numbers of model calls: `python -m bench.sampler [--models NAME ...] [--samples N]`.
+
+On a Gaussian mixture with exact scores: mean distance to a fine solution from the same noise. On the demo models:
+Fréchet distance in classifier features against real digits, accuracy, and PSNR to the images of a fine solution (160
+calls) from the same noise. Writes `bench/results/sampler.json` and `sampler.md`; what was drawn is kept in the folder
+--work, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench import mixture
+from bench.method_runs import Record, Runs, read_json, write_json
+from bench.method_settings import Setting
+from bench.samplers import SAMPLERS, steps_for
+from diffcache_fx.models import DEMOS
+
+FOLDER = Path(__file__).parent
+WORK, RESULTS = FOLDER / "work" / "sampler", FOLDER / "results"
+CALLS = [10, 20, 40, 80]
+FINE = ("Lagrange(3, 2)", 160)
+console = Console(stderr=True)
+
+
+def setting_of(name: str, calls: int, own: Any, reference: bool = False) -> Setting:
+    """The uncached model under a sampler that calls it at most so often."""
+    steps = steps_for(SAMPLERS[name], own, calls)
+    return Setting("uncached", f"{name}, {calls} calls", steps=steps, sampler=name, reference=reference)
+
+
+def demo_rows(model: str, samples: int, batch: int, work: Path, calls: list[int]) -> list[Record]:
+    """Draw and score a demo under every sampler."""
+    runs = Runs(work / model, samples, 50, batch, torch.bfloat16, model=model)
+    own = runs.demo.scheduler()
+    runs.compared = setting_of(*FINE, own, reference=True)
+    runs.quality(runs.compared)
+    rows = []
+    for count in calls:  # few calls first: what is interrupted is whole as far as it goes
+        for name in SAMPLERS:
+            setting = setting_of(name, count, own)
+            record = runs.quality(setting)
+            rows.append({"sampler": name, "calls": count, "used": runs.calls(setting), "quality": record["quality"]})
+            console.print(f"{model}: {setting.label}: {_cell(rows[-1])}", highlight=False)
+    return rows
+
+
+def _cell(row: Record) -> str:
+    quality = row["quality"]
+    distance = quality["frechet"]
+    return (
+        f"{distance['value']:.2f} [{distance['low']:.2f}, {distance['high']:.2f}], "
+        f"{quality['psnr_db']['value']:.1f} dB, {100 * quality['accuracy']['value']:.1f} %"
+    )
+
+
+def markdown(data: Record) -> str:
+    """The tables."""
+    lines = ["# Samplers at equal numbers of model calls", "", " ".join((__doc__ or "").split("\n\n")[1].split()), ""]
+    calls = data["calls"]
+    head = ["sampler", *(f"{count} calls" for count in calls)]
+    rule = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["## Gaussian mixture: mean distance to the solution", "", *rule]
+    for name, found in data["mixture"].items():
+        lines.append("| " + " | ".join([name, *(f"{found[str(count)]['error']:.2e}" for count in calls)]) + " |")
+    for model, rows in data["demos"].items():
+        title = f"## {model}: Fréchet distance [95 %], PSNR to the solution, read as asked; {data['samples']} samples"
+        lines += ["", title, "", *rule]
+        known = {(row["sampler"], row["calls"]): _cell(row) for row in rows}
+        for name in SAMPLERS:
+            lines.append("| " + " | ".join([name, *(known.get((name, count), "-") for count in calls)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(DEMOS), choices=list(DEMOS))
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--calls", type=int, nargs="+", default=CALLS)
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--out", type=Path, default=RESULTS / "sampler.json")
+    options = parser.parse_args()
+    known = read_json(options.out)
+    same = {"samples": options.samples, "calls": options.calls, "dtype": "bfloat16", "seed": 0}
+    demos = known.get("demos", {}) if all(known.get(name) == value for name, value in same.items()) else {}
+    exact = mixture.errors(SAMPLERS, steps_for, options.calls)
+    data: Record = {**same, "mixture": exact, "demos": demos}
+    for model in options.models:
+        data["demos"][model] = demo_rows(model, options.samples, options.batch, options.work, options.calls)
+        write_json(options.out, data)
+    write_json(options.out, data)
+    text = markdown(read_json(options.out))
+    options.out.with_suffix(".md").write_text(text)
+    Console(width=None if sys.stdout.isatty() else 200).print(text, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

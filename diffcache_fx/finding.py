@@ -1,0 +1,163 @@
+"""From what a calibration has measured to the schedule that meets a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from .errors import CalibrationError
+from .measure import compiled_baseline, interleaved
+from .planning import Planned
+from .recording import Recording
+from .schedule import CacheSchedule
+from .targets import TARGETS, Latency, Psnr, RelativeL1, Speedup, Target
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
+
+# Share of samples whose error stays below the one asked for.
+COVERED = 0.95
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a calibration measured, beside its schedule. gains: [steps], how an error of the regions' values at a step
+    moves the final sample. plan: the chosen one. predicted: mean square error of the final samples to first order,
+    measured: what it was. speedup: measured, None where it was not asked for."""
+
+    schedule: CacheSchedule
+    recording: Recording
+    gains: np.ndarray[Any, Any]
+    plan: Planned
+    predicted: float
+    measured: float
+    speedup: float | None
+
+
+def find(measured: Calibration, target: Target) -> Findings:
+    """The schedule of least error that meets a target. Raises CalibrationError where none does."""
+    if not isinstance(target, TARGETS):
+        known = ", ".join(kind.__name__ for kind in TARGETS)
+        raise CalibrationError(f"a target is one of {known}, not {target!r}")
+    speed: float | None = None
+    if isinstance(target, (Psnr, RelativeL1)):
+        plan = _below(measured, target)
+    else:
+        plan, speed = _faster(measured, target)
+    predicted = plan.error / measured.reference.numel()
+    return Findings(
+        measured.schedule(plan), measured.recording, measured.gains, plan, predicted, measured.moved(plan), speed
+    )
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _below(measured: Calibration, target: Psnr | RelativeL1) -> Planned:
+    """The plan with the fewest refreshes whose errors stay below the target, on noise that was not planned on, in the
+    share of samples that is to be covered. Raises CalibrationError where there is none."""
+    low, high = measured.least, measured.steps
+    guess, tried = _expected(measured, target, 1.0, low, high), 0
+    while low < high:
+        measured.told("try", tried, 0)
+        tried += 1
+        plan = measured.plan(guess)
+        error = _covering(measured, plan, target)
+        if error <= target.largest:
+            high = guess
+        else:
+            low = guess + 1
+        if low < high:  # the error that was predicted, put right by what it was
+            guess = _expected(measured, target, error / _predicted(plan, target), low, high)
+    best = measured.best(high)
+    measured.told("try", tried, tried)
+    for plan in (best, measured.plan(high)):
+        if _covering(measured, plan, target) <= target.largest:
+            return plan
+    most = float(measured.errors(measured.plan(measured.steps), target, measured.seed + 1).max())
+    raise CalibrationError(
+        f"{target} cannot be met: even with a refresh at every step rounding moves the samples by more, by {most:.3g}: "
+        "ask for less"
+    )
+
+
+def _predicted(plan: Planned, target: Psnr | RelativeL1) -> float:
+    """A number that the error grows with: a mean square for PSNR, its root for relative L1."""
+    error = max(plan.error, 1e-300)
+    return error if isinstance(target, Psnr) else math.sqrt(error)
+
+
+def _expected(measured: Calibration, target: Psnr | RelativeL1, ratio: float, low: int, high: int) -> int:
+    """From low to high - 1, the fewest refreshes that should meet the target, given how large an error is over what is
+    predicted."""
+    first, last = low, high - 1
+    while first < last:
+        middle = (first + last) // 2
+        if ratio * _predicted(measured.plan(middle), target) <= target.largest:
+            last = middle
+        else:
+            first = middle + 1
+    return first
+
+
+def _covering(measured: Calibration, plan: Planned, target: Psnr | RelativeL1) -> float:
+    """The error that the share of samples which is to be covered stays below."""
+    errors = measured.errors(plan, target, measured.seed + 1).sort().values
+    rank = min(math.ceil(COVERED * (len(errors) + 1)), len(errors))
+    return float(errors[rank - 1])
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def _faster(measured: Calibration, target: Speedup | Latency) -> tuple[Planned, float]:
+    """The plan with the most refreshes that is fast enough, as measured against the uncached model in turn."""
+    uncached = compiled_baseline(measured.model, measured.backend, measured.backend_options)
+    measured.run(uncached, measured.seed)
+    least, steps = measured.least, measured.steps
+    counts = sorted({least, max(least + 1, steps // 2)})
+    runs = {"uncached": lambda: measured.run(uncached, measured.seed)}
+    for count in counts:
+        runs[str(count)] = _runner(measured, measured.plan(count))
+    timings = interleaved(runs, rounds=_ROUNDS, warmup=1, baseline="uncached")
+    few, many = (timings.median(str(count)) for count in (counts[0], counts[-1]))
+    slope = max((many - few) / max(counts[-1] - counts[0], 1), 1e-12)
+    wanted = target.seconds if isinstance(target, Latency) else timings.median("uncached") / target.times
+    count = max(min(int((wanted - few) / slope) + counts[0], steps), least)
+    fast: tuple[int, float] | None = None
+    while least <= count <= steps:
+        plan = measured.plan(count)  # how fast it is does not depend on the weights
+        measured.told("time", 0, 0)
+        timings = interleaved(
+            {"uncached": runs["uncached"], "cached": _runner(measured, plan)},
+            rounds=_ROUNDS,
+            warmup=1,
+            baseline="uncached",
+        )
+        speed = timings.speedup("cached").value
+        reached = wanted >= timings.median("cached") if isinstance(target, Latency) else speed >= target.times
+        if reached:
+            fast = count, speed
+            count += 1
+        elif fast is None:
+            count -= 1
+        else:
+            break
+    measured.told("time", 1, 1)
+    if fast is not None:
+        return measured.best(fast[0]), fast[1]
+    raise CalibrationError(
+        f"{target} cannot be met: with the fewest refreshes allowed ({least} of {steps}) a generation takes {few:.3g} "
+        f"s and the uncached one {timings.median('uncached'):.3g} s. Allow longer runs of reuses, or cache more of the "
+        "model"
+    )
+
+
+def _runner(measured: Calibration, plan: Planned) -> Callable[[], Tensor]:
+    return lambda: measured.tried(plan, measured.seed, replay=False)
