@@ -11,7 +11,7 @@ from torch import fx
 from diffcache_fx.program import StepProgram, output_node, returned
 
 from .aliasing import root_of
-from .emit import clone_after, own, set_outputs
+from .emit import aten, call, clone_after, memory_order, own, set_outputs
 from .purity import eliminate_dead
 from .verify import walk
 
@@ -20,9 +20,12 @@ COND = torch.ops.higher_order.cond
 Body = Callable[[fx.Graph, dict[fx.Node, fx.Node]], tuple[list[fx.Node], list[fx.Node]]]
 
 
-def branch(operands: Sequence[fx.Node], body: Body, source: fx.GraphModule) -> fx.GraphModule:
+def branch(
+    operands: Sequence[fx.Node], body: Body, source: fx.GraphModule, flat: frozenset[fx.Node] = frozenset()
+) -> fx.GraphModule:
     """A branch graph over `operands`. What it returns is fresh: no operand, and no memory returned twice. source: holds
-    the graphs that copied nodes call (an attention's score function, say)."""
+    the graphs that copied nodes call (an attention's score function, say). flat: operands that arrive as `choose` sends
+    them, in one axis."""
     graph = fx.Graph()
     memo: dict[fx.Node, fx.Node] = {}
     for operand in operands:
@@ -31,6 +34,9 @@ def branch(operands: Sequence[fx.Node], body: Body, source: fx.GraphModule) -> f
     given = set(memo.values())
     graph.output(())
     with graph.inserting_before(output_node(graph)):
+        for operand in operands:
+            if operand in flat:
+                memo[operand] = _unflattened(graph, memo[operand], operand.meta["val"])
         flow, history = body(graph, memo)
     flow = [clone_after(graph, node) if root_of(node) in given else node for node in flow]
     kept = own(graph, [*dict.fromkeys(flow), *history])[len(dict.fromkeys(flow)) :]
@@ -48,9 +54,11 @@ def choose(
     on_reuse: fx.GraphModule,
     operands: Sequence[fx.Node],
     label: str = "",
+    flat: frozenset[fx.Node] = frozenset(),
 ) -> list[fx.Node]:
     """Call a conditional at the graph's insertion point; returns one node for each value its branches return."""
     graph = root.graph
+    operands = [_flattened(graph, operand) if operand in flat else operand for operand in operands]
     arms = []
     for name, arm in (("on_refresh", on_refresh), ("on_reuse", on_reuse)):
         root.add_submodule(name + label, arm)
@@ -63,6 +71,31 @@ def choose(
         item.meta["val"] = value
         items.append(item)
     return items
+
+
+def transposed(operands: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """The operands whose layout a branch could not rely on: computed values that do not lie in the order of their axes.
+
+    Within torch.compile, Inductor lays out what it computes as it likes, and compiles a branch for the layout that was
+    recorded. In one axis there is but one layout: there such values are handed over like that.
+    """
+    return frozenset(n for n in operands if n.op == "call_function" and memory_order(n.meta["val"]) is not None)
+
+
+def _flattened(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    order = memory_order(node.meta["val"])
+    assert order is not None
+    return call(graph, aten.view.default, call(graph, aten.permute.default, node, list(order)), [-1])
+
+
+def _unflattened(graph: fx.Graph, node: fx.Node, example: torch.Tensor) -> fx.Node:
+    """What was flattened, in its own shape and layout. node: the operand in the branch."""
+    order = memory_order(example)
+    assert order is not None
+    packed = example.permute(order)
+    node.meta["val"] = packed.reshape(-1)
+    whole = call(graph, aten.view.default, node, list(packed.shape))
+    return call(graph, aten.permute.default, whole, [order.index(axis) for axis in range(len(order))])
 
 
 def next_history(fresh: fx.Node, slots: list[fx.Node]) -> list[fx.Node]:

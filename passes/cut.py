@@ -12,6 +12,7 @@ from torch import fx
 from diffcache_fx.errors import RegionError
 from diffcache_fx.program import CutValue, Region, StepProgram, same_layout, size_hint, value_of
 
+from .emit import memory_order
 from .purity import is_impure
 from .reach import varying
 
@@ -117,7 +118,7 @@ class ComputeCut:
                     f"enters it to compare {node.name} with; use a schedule that holds values, such as interval or "
                     "first_block_cache, or storage='value' in a Rule of your own"
                 )
-            order = _memory_order(example)
+            order = memory_order(example)
             values.append(
                 CutValue(
                     node=node.name,
@@ -130,18 +131,6 @@ class ComputeCut:
                 )
             )
         return Region(region.name, frozenset(n.name for n in members), tuple(values), region.rule, region.blocks)
-
-
-def _memory_order(example: torch.Tensor) -> tuple[int, ...] | None:
-    """The permutation that makes a dense transposed value contiguous; None if it is contiguous already, or not dense.
-
-    Kernels differ in rounding between layouts: what is reused must lie as what was computed did.
-    """
-    if not all(isinstance(size, int) for size in (*example.shape, *example.stride())) or example.is_contiguous():
-        return None
-    strides = example.stride()
-    order = tuple(sorted(range(example.dim()), key=lambda axis: -strides[axis]))
-    return order if example.permute(order).is_contiguous() else None
 
 
 def _bytes(node: fx.Node) -> int:

@@ -73,6 +73,25 @@ def weighted_sum(graph: fx.Graph, slots: list[fx.Node], row: list[fx.Node], cut:
     return from_stored(graph, total, cut)
 
 
+def memory_order(example: torch.Tensor) -> tuple[int, ...] | None:
+    """The permutation that makes a dense transposed value contiguous; None if it is contiguous already, or not dense.
+
+    Kernels differ in rounding between layouts: what is reused must lie as what was computed did.
+    """
+    if not all(isinstance(size, int) for size in (*example.shape, *example.stride())) or example.is_contiguous():
+        return None
+    strides = example.stride()
+    order = tuple(sorted(range(example.dim()), key=lambda axis: -strides[axis]))
+    return order if example.permute(order).is_contiguous() else None
+
+
+def packed(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A value without gaps, in the order of its axes: both branches of a conditional must return one layout."""
+    if node.meta["val"].is_contiguous():
+        return node
+    return call(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
 def to_stored(graph: fx.Graph, node: fx.Node, cut: CutValue) -> fx.Node:
     """A value as the graph computes it, with its axes in the order they are stored in."""
     return node if cut.order is None else call(graph, aten.permute.default, node, list(cut.order))

@@ -29,7 +29,9 @@ class InsertGuards:
     3. Several groups become one conditional per region, sharing their group's predicate; there each region must be
        convex: no path may leave it and come back.
     4. With `control` the graph measures the signal and decides by itself; a single group, as in rule 2.
-    5. History moves by one slot at a refresh (newest first) and stays at a reuse. Branches return nothing they were
+    5. Without `hoist`, computed values that do not lie in the order of their axes enter a branch in one axis, the only
+       layout that Inductor cannot change; both branches return their values in the order of their axes.
+    6. History moves by one slot at a refresh (newest first) and stays at a reuse. Branches return nothing they were
        given: what passes through is cloned. Parameters are operands of the branches.
 
     Before:  a = block0(x); b = block1(a); return head(b)
@@ -53,7 +55,7 @@ class InsertGuards:
             return guard_adaptive(program, self.control, self.hoist)
         if len(groups) == 1 and len(groups[0]) == len(program.regions):
             return guard_step(program, self.hoist)
-        return guard_regions(program, {name: group_name(group) for group in groups for name in group})
+        return guard_regions(program, {name: group_name(group) for group in groups for name in group}, self.hoist)
 
 
 def group_name(group: Iterable[str]) -> str:

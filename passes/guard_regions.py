@@ -12,7 +12,7 @@ from diffcache_fx.errors import RegionError
 from diffcache_fx.program import Input, InputKind, Output, OutputKind, Region, StepProgram, output_node, returned
 
 from .aliasing import root_of
-from .conditional import Body, branch, choose, next_history
+from .conditional import Body, branch, choose, next_history, transposed
 from .emit import (
     aten,
     call,
@@ -20,6 +20,7 @@ from .emit import (
     drop_unused_inputs,
     from_stored,
     history_target,
+    packed,
     placeholder,
     row_of,
     safe,
@@ -31,7 +32,7 @@ from .purity import eliminate_dead
 from .reach import Reach
 
 
-def guard_regions(program: StepProgram, predicate_of: dict[str, str]) -> StepProgram:
+def guard_regions(program: StepProgram, predicate_of: dict[str, str], hoist: bool = False) -> StepProgram:
     """The guarded form with a conditional per region. predicate_of: region name -> name of its group's predicate.
 
     Raises RegionError for a region that is not convex: its two ways would have to run partly before and partly after
@@ -59,7 +60,7 @@ def guard_regions(program: StepProgram, predicate_of: dict[str, str]) -> StepPro
     state: list[fx.Node] = []
     outputs = list(program.outputs)
     for number, region in enumerate(program.regions):
-        guarded = _Guarded(region, number, nodes, histories[region.name], rows)
+        guarded = _Guarded(region, number, nodes, histories[region.name], rows, hoist)
         with graph.inserting_before(output_node(graph)):
             flows, history = guarded.insert(root, predicates[predicate_of[region.name]])
         inside = {nodes[name] for name in region.nodes}
@@ -118,6 +119,7 @@ class _Guarded:
     nodes: dict[str, fx.Node]
     histories: list[list[fx.Node]]
     rows: fx.Node | None
+    hoist: bool
 
     def insert(self, root: fx.GraphModule, predicate: fx.Node) -> tuple[list[fx.Node], list[list[fx.Node]]]:
         """Insert the conditional; returns the cut values that flow on, and the new history of each."""
@@ -128,8 +130,9 @@ class _Guarded:
         entering = dict.fromkeys([*outside, *bases])
         slots = [slot for per_value in self.histories for slot in per_value]
         operands = [*entering, *slots, *([self.rows] if self.rows is not None else [])]
-        arms = [branch(operands, body, root) for body in (self._refresh(inside), self._reuse())]
-        items = iter(choose(root, predicate, arms[0], arms[1], operands, f"_{self.number}"))
+        flat = frozenset() if self.hoist else transposed(operands)
+        arms = [branch(operands, body, root, flat) for body in (self._refresh(inside), self._reuse())]
+        items = iter(choose(root, predicate, arms[0], arms[1], operands, f"_{self.number}", flat))
         flows = [from_stored(root.graph, next(items), value) for value in self.region.cut]
         return flows, [[next(items) for _ in per_value] for per_value in self.histories]
 
@@ -148,7 +151,7 @@ class _Guarded:
             flow, kept = [], []
             for value, slots in zip(self.region.cut, self.histories, strict=True):
                 fresh, base = named[value.node], self._base(value.base, memo)
-                flow.append(to_stored(graph, fresh, value))
+                flow.append(packed(graph, to_stored(graph, fresh, value)))
                 stored = fresh if base is None else call(graph, aten.sub.Tensor, fresh, base)
                 kept += next_history(to_stored(graph, stored, value), [memo[slot] for slot in slots])
             return flow, kept
@@ -164,7 +167,7 @@ class _Guarded:
                 filled = weighted_sum(graph, held, row, value)
                 base = self._base(value.base, operands)
                 filled = filled if base is None else call(graph, aten.add.Tensor, base, filled)
-                flow.append(to_stored(graph, filled, value))
+                flow.append(packed(graph, to_stored(graph, filled, value)))
                 kept += held
             return flow, kept
 

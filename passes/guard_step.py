@@ -8,7 +8,7 @@ from torch import fx
 from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram, output_node, returned
 
 from .common import Common, common_parts, handed_on, nothing_common
-from .conditional import Body, branch, choose, next_history
+from .conditional import Body, branch, choose, next_history, transposed
 from .emit import history_target, placeholder, set_outputs
 from .specialize import Specialize
 
@@ -73,11 +73,12 @@ def conditional(
         _copy(root, refresh, common.before, memo)
         live = {name: memo[name] for source in (refresh, reuse) for name in handed_on(source, common)}
         operands = list(dict.fromkeys([*chosen.values(), *live.values()]))
+        flat = frozenset() if hoist else transposed(operands)
         arms = [
-            branch(operands, _body(source, program, chosen, live, common, source is refresh), source.module)
+            branch(operands, _body(source, program, chosen, live, common, source is refresh), source.module, flat)
             for source in (refresh, reuse)
         ]
-        items = choose(root, predicate, arms[0], arms[1], operands)
+        items = choose(root, predicate, arms[0], arms[1], operands, flat=flat)
         count = len(common.joints)
         memo.update({a.name: item for (a, _), item in zip(common.joints, items, strict=False)})
         _copy(root, refresh, common.after, memo)
