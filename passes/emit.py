@@ -85,13 +85,6 @@ def memory_order(example: torch.Tensor) -> tuple[int, ...] | None:
     return order if example.permute(order).is_contiguous() else None
 
 
-def packed(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A value without gaps, in the order of its axes: both branches of a conditional must return one layout."""
-    if node.meta["val"].is_contiguous():
-        return node
-    return call(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
-
-
 def to_stored(graph: fx.Graph, node: fx.Node, cut: CutValue) -> fx.Node:
     """A value as the graph computes it, with its axes in the order they are stored in."""
     return node if cut.order is None else call(graph, aten.permute.default, node, list(cut.order))

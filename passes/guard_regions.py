@@ -9,7 +9,17 @@ import torch
 from torch import fx
 
 from diffcache_fx.errors import RegionError
-from diffcache_fx.program import Input, InputKind, Output, OutputKind, Region, StepProgram, output_node, returned
+from diffcache_fx.program import (
+    CutValue,
+    Input,
+    InputKind,
+    Output,
+    OutputKind,
+    Region,
+    StepProgram,
+    output_node,
+    returned,
+)
 
 from .aliasing import root_of
 from .conditional import Body, branch, choose, next_history, transposed
@@ -20,7 +30,6 @@ from .emit import (
     drop_unused_inputs,
     from_stored,
     history_target,
-    packed,
     placeholder,
     row_of,
     safe,
@@ -133,11 +142,25 @@ class _Guarded:
         flat = frozenset() if self.hoist else transposed(operands)
         arms = [branch(operands, body, root, flat) for body in (self._refresh(inside), self._reuse())]
         items = iter(choose(root, predicate, arms[0], arms[1], operands, f"_{self.number}", flat))
-        flows = [from_stored(root.graph, next(items), value) for value in self.region.cut]
+        flows = [self._flow(root.graph, next(items), value) for value in self.region.cut]
         return flows, [[next(items) for _ in per_value] for per_value in self.histories]
 
     def _base(self, name: str | None, memo: dict[fx.Node, fx.Node]) -> fx.Node | None:
         return memo[self.nodes[name]] if name is not None else None
+
+    def _packed(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        """Both branches must return one layout. Within torch.compile a transposed one does not last (sums are fused
+        with products, whose results lie in the order of their axes): values leave a branch in that order."""
+        if self.hoist or node.meta["val"].is_contiguous():
+            return node
+        return call(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
+
+    def _flow(self, graph: fx.Graph, item: fx.Node, value: CutValue) -> fx.Node:
+        """What a branch returned, lying as it does without a cache: kernels differ in rounding between layouts."""
+        if not self.hoist and value.order is not None:
+            stored = to_stored(graph, item, value)
+            item = call(graph, aten.clone.default, stored, memory_format=torch.contiguous_format)
+        return from_stored(graph, item, value)
 
     def _refresh(self, inside: list[fx.Node]) -> Body:
         def write(graph: fx.Graph, operands: dict[fx.Node, fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -150,8 +173,8 @@ class _Guarded:
             named = {node.name: memo[node] for node in inside}
             flow, kept = [], []
             for value, slots in zip(self.region.cut, self.histories, strict=True):
-                fresh, base = named[value.node], self._base(value.base, memo)
-                flow.append(packed(graph, to_stored(graph, fresh, value)))
+                fresh, base = self._packed(graph, named[value.node]), self._base(value.base, memo)
+                flow.append(to_stored(graph, fresh, value) if self.hoist else fresh)
                 stored = fresh if base is None else call(graph, aten.sub.Tensor, fresh, base)
                 kept += next_history(to_stored(graph, stored, value), [memo[slot] for slot in slots])
             return flow, kept
@@ -167,7 +190,8 @@ class _Guarded:
                 filled = weighted_sum(graph, held, row, value)
                 base = self._base(value.base, operands)
                 filled = filled if base is None else call(graph, aten.add.Tensor, base, filled)
-                flow.append(packed(graph, to_stored(graph, filled, value)))
+                filled = self._packed(graph, filled)
+                flow.append(to_stored(graph, filled, value) if self.hoist else filled)
                 kept += held
             return flow, kept
 

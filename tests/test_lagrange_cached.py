@@ -37,7 +37,7 @@ def test_refinement_rounds_reuse_first(demo: Demo) -> None:
     calls = scheduler(demo)
     calls.set_timesteps(STEPS)
     rounds = calls.rounds
-    cached = denoiser(demo, 0.005)
+    cached = denoiser(demo, 0.02)
     images = drawn(demo, cached)
     reused = [bool(decision.reused) for decision in cached.stats().decisions]
     assert len(reused) == len(rounds)
@@ -46,7 +46,7 @@ def test_refinement_rounds_reuse_first(demo: Demo) -> None:
     }
     assert share[2] > 0.8
     assert share[1] == 0
-    assert psnr(images, drawn(demo, demo.model)) > 60
+    assert psnr(images, drawn(demo, demo.model)) > 43
 
 
 def test_never_reusing_is_the_uncached_model(demo: Demo) -> None:

@@ -9,8 +9,8 @@ from diffcache_fx.passes.specialize import Specialize
 from diffcache_fx.passes.verify import Verify, walk
 from torch import nn
 
-from diffcache_fx import Listed, Modules, RegionError
-from diffcache_fx.program import InputKind, OutputKind, StepProgram
+from diffcache_fx import Listed, Modules, RegionError, compile_with_cache, schedules
+from diffcache_fx.program import InputKind, OutputKind, StepProgram, returned
 
 from .conftest import captured, equal, run, text, with_regions
 from .test_passes_specialize import NET, Residual, T, X, program
@@ -90,6 +90,58 @@ class Chain(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+class Turned(nn.Module):
+    """What enters its first block was computed transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Residual() for _ in range(2))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        y = (x * t).t() + 1.0
+        for block in self.blocks:
+            y = block(y)
+        return y
+
+
+@pytest.mark.parametrize("storage", ["value", "residual"])
+def test_what_lies_transposed_enters_a_branch_in_one_axis(storage: str) -> None:
+    net, x = Turned(), torch.randn(8, 8)
+    base = with_regions(captured(net, x, T), Modules(("blocks.*",)), storage=storage)
+    groups = (("blocks.0",), ("blocks.1",))
+    assert "[-1]" not in text(InsertGuards(groups, hoist=True)(base).graph)  # files know no layouts
+    guarded = Verify()(InsertGuards(groups)(base))
+    assert text(guarded.graph).count("[-1]") >= 1
+    for number in range(2):
+        arms = [getattr(guarded.module, f"on_{way}_{number}") for way in ("refresh", "reuse")]
+        strides = [[node.meta["val"].stride() for node in returned(arm.graph)] for arm in arms]
+        assert strides[0] == strides[1]
+    old = {f"blocks.{i}/0/0": torch.randn(8, 8) for i in range(2)}
+    for choice in ((True, True), (True, False), (False, True), (False, False)):
+        wanted = dict(zip(("blocks.0", "blocks.1"), choice, strict=True))
+        expected = run(Specialize(frozenset(n for n, r in wanted.items() if not r))(base), net, [x, T], old)
+        assert equal(run(guarded, net, [x, T], old, None, wanted).outputs, expected.outputs)
+
+
+def test_inductor_keeps_to_the_layouts_of_branches() -> None:
+    """It chooses that of what it computes itself, and a branch is compiled for the one that was recorded."""
+    net, x = Turned().eval(), torch.randn(8, 4)
+
+    def whole(module: nn.Module, examples: object) -> object:
+        return torch.compile(module, fullgraph=True, backend="inductor")
+
+    bits = ((1, 1), (0, 1), (1, 0), (0, 0))
+    schedule = schedules.mask(bits, regions=Modules(("blocks.*",)))
+    outputs = []
+    for backend in ("eager", whole):
+        cached = compile_with_cache(net, schedule, backend=backend, decide="graph", num_steps=4)
+        with torch.no_grad():
+            outputs.append([cached(x + 0.1 * step, torch.tensor(1.0 - 0.2 * step)) for step in range(4)])
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_region_with_a_gap_needs_one_decision_for_all() -> None:
