@@ -107,6 +107,7 @@ class Calibration:
         self.trial = Trial(self.model, self.regions, storage, self.history, self.steps, backend, backend_options)
         self.gram = sum(region.gram for region in self.recording.regions).numpy()  # type: ignore[union-attr]
         self.gains = self._measure_gains(probes)
+        self._plans: dict[int, Planned] = {}
         self.planner = Planner(self.gram, self.gains, history=self.history, longest=self.longest, warm_up=self.warm_up)
 
     # --- measuring -------------------------------------------------------------------------------------------------
@@ -160,13 +161,15 @@ class Calibration:
 
     def plan(self, refreshes: int) -> Planned:
         """The best plan with so many refreshes, by the objective; nothing runs."""
-        return self.planner.plan(refreshes)
+        if refreshes not in self._plans:
+            self._plans[refreshes] = self.planner.plan(refreshes)
+        return self._plans[refreshes]
 
     def best(self, refreshes: int) -> Planned:
         """Of the plans with so many refreshes that trust the linear picture more or less, the one that comes nearest to
         the uncached samples, as tried."""
-        plans = [self.planner.steadier(steadiness).plan(refreshes) for steadiness in TRIED]
-        return min(plans, key=self.moved)
+        others = [self.planner.steadier(s).plan(refreshes) for s in TRIED if s != self.planner.steadiness]
+        return min([self.plan(refreshes), *others], key=self.moved)
 
     def tried(self, plan: Planned, seed: int, replay: bool = True) -> Tensor:
         """The samples of a generation under a plan. replay: without computing again what is known of the uncached one;
