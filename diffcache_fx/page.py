@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 
 from .version import __version__
@@ -85,11 +86,8 @@ class Page:
         return path
 
 
-def picture_of(samples: Sequence[object], columns: int = 8, scale: int = 2) -> Image.Image | None:
+def picture_of(batch: torch.Tensor, columns: int = 8, scale: int = 2) -> Image.Image | None:
     """Images in a grid: a tensor [N, C, H, W] in [-1, 1] or [N, H, W, C] in [0, 1]; None for what are no images."""
-    import torch
-
-    batch = torch.as_tensor(samples)
     if batch.dim() != 4 or (batch.shape[1] not in (1, 3) and batch.shape[3] not in (1, 3)):
         return None
     if batch.shape[1] in (1, 3):

@@ -43,13 +43,7 @@ def comparison_page(found: Comparison) -> Page:
         drawn = figures.signals(decisions)
         if drawn is not None:
             page.picture(f"signal-{index}", drawn, f"{name}: signal against threshold")
-    grids = {name: picture_of(outputs[0]) for name, outputs in found.outputs.items() if outputs}  # type: ignore[arg-type]
-    if any(grid is not None for grid in grids.values()):
-        page.section("Samples", "The same noise in every row.")
-        for index, (name, grid) in enumerate(grids.items()):
-            if grid is not None:
-                page.text(name)
-                page.picture(f"samples-{index}", grid, f"samples, {name}")
+    _samples(page, {name: outputs[0] for name, outputs in found.outputs.items() if outputs})
     return page
 
 
@@ -78,15 +72,18 @@ def calibration_page(model: str, work: Calibration, found: Findings, target: Any
     page.picture("gains", figures.lines(gains, "step", "gain", log=True), "gain by step")
     page.section("Other budgets", "PSNR to the uncached samples as predicted to first order, and as measured here.")
     page.picture("budgets", figures.quality_against_speed(_budgets(work, found), "speed-up by FLOPs"), "PSNR by budget")
-    pairs = {"uncached": work.reference, "with this plan": samples}
-    grids = {name: picture_of(batch) for name, batch in pairs.items()}  # type: ignore[arg-type]
-    if all(grid is not None for grid in grids.values()):
-        page.section("Samples", "The same noise in both rows.")
-        for index, (name, grid) in enumerate(grids.items()):
-            assert grid is not None
-            page.text(name)
-            page.picture(f"samples-{index}", grid, f"samples, {name}")
+    _samples(page, {"uncached": work.reference, "with this plan": samples})
     return page
+
+
+def _samples(page: Page, batches: dict[str, torch.Tensor]) -> None:
+    """A row of images for each batch; nothing where they are no images."""
+    grids = {name: grid for name, batch in batches.items() if (grid := picture_of(batch)) is not None}
+    if grids:
+        page.section("Samples", "The same noise in every row.")
+    for index, (name, grid) in enumerate(grids.items()):
+        page.text(name)
+        page.picture(f"samples-{index}", grid, f"samples, {name}")
 
 
 def _blocks(work: Calibration) -> Any:

@@ -115,8 +115,8 @@ class ComputeCut:
             if rule.storage == "residual" and base is None and floating:
                 raise RegionError(
                     f"region {region.name!r} cannot be stored as a residual: no value shaped {tuple(example.shape)} "
-                    f"enters it to compare {node.name} with; use a schedule that holds values, such as interval or "
-                    "first_block_cache, or storage='value' in a Rule of your own"
+                    f"enters it to compare {node.name} with; use a schedule that holds values, such as interval, or "
+                    "storage='value' in a Rule of your own"
                 )
             order = memory_order(example)
             values.append(

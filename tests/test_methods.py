@@ -316,7 +316,7 @@ def test_the_graph_decides_as_the_host_does(name: str) -> None:
     agree(got, expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", CASES if SWEEP else ("first_block_cache", "delta_dit"))
+@pytest.mark.parametrize("name", CASES if SWEEP else ("first_block_cache", "speca", "delta_dit"))
 def test_the_guarded_program_is_one_full_graph(name: str) -> None:
     """The conditionals, and the decision of adaptive guards, inside: no graph break, and the same outputs."""
     case = CASES[name]

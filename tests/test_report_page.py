@@ -105,10 +105,10 @@ def test_a_plan_is_drawn_as_it_was_decided() -> None:
 def test_images_of_both_kinds_and_none() -> None:
     channels_first, channels_last = torch.rand(3, 1, 8, 8) * 2 - 1, torch.rand(3, 8, 8, 3)
     for images in (channels_first, channels_last):
-        grid = picture_of(images)  # type: ignore[arg-type]
+        grid = picture_of(images)
         assert grid is not None
         assert grid.size == (2 * 3 * 10, 16)
-    assert picture_of(torch.rand(4, 16)) is None  # type: ignore[arg-type]
+    assert picture_of(torch.rand(4, 16)) is None
 
 
 def test_text_is_text(tmp_path: Path) -> None:
