@@ -15,9 +15,10 @@ help: ## what can be made
 demo: $(STAMP) ## draw digits uncached and cached, side by side, into demo-output/
 	$(BIN)/diffcache-fx demo
 
-# A process for each core, one thread each; tests of one file share what they capture.
+# A process for each core, one thread each; tests of one file share what they capture; files go in the order of
+# tests/conftest.py.
 test: $(TEST_STAMP) ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(TEST_STAMP) ## ruff
 	$(BIN)/ruff check .

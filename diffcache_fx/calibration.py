@@ -18,13 +18,12 @@ from .compile import user_shapes
 from .errors import CalibrationError
 from .finding import Findings, find
 from .planning import LONGEST, Planned, Planner
-from .provenance import Provenance, hash_of_weights
+from .provenance import Provenance
 from .recording import RecordingDenoiser
 from .schedule import CacheSchedule
 from .selection import Selection, Trunk
 from .targets import Psnr, RelativeL1, Target
 from .trial import Trial, planned
-from .version import __version__
 
 Sampler = Callable[[Any, int], Tensor]
 Progress = Callable[[str, int, int], None]
@@ -73,7 +72,7 @@ class Calibration:
         for name, value, most in (("history", history, 3), ("longest", longest, None), ("warm_up", warm_up, None)):
             check_count(name, value, 1, most)
         check_count("probes", probes, 2, None)
-        self.model, self._sample = _within(model, sampler)
+        self.model, self._sample = within(model, sampler)
         self.regions, self.storage = regions or Trunk(), storage
         self.longest, self.warm_up, self.seed = longest, warm_up, seed
         self.backend, self.backend_options = backend, backend_options
@@ -94,16 +93,8 @@ class Calibration:
         self.steps = self.recording.steps
         self.history = self._fitting(history, memory_cap)
         captured = recorder.current_signature().captured
-        timesteps = self.recording.timesteps
-        self.made_for = Provenance(
-            model=type(self.model).__name__,
-            weights=hash_of_weights(self.model),
-            steps=self.steps,
-            timesteps=() if None in timesteps else tuple(float(t) for t in timesteps if t is not None),
-            shapes=tuple(user_shapes(captured.program)),
-            sampler=describe,
-            version=__version__,
-        )
+        shapes = user_shapes(captured.program)
+        self.made_for = Provenance.of(self.model, self.recording.timesteps, shapes, describe)
         self.trial = Trial(self.model, self.regions, storage, self.history, self.steps, backend, backend_options)
         self.gram = sum(region.gram for region in self.recording.regions).numpy()  # type: ignore[union-attr]
         self.gains = self._measure_gains(probes)
@@ -219,7 +210,7 @@ def check_count(name: str, value: Any, least: int, most: int | None) -> None:
         raise CalibrationError(f"{name} must be a whole number {limits}, not {value!r}")
 
 
-def _within(model: Any, sampler: Sampler) -> tuple[nn.Module, Sampler]:
+def within(model: Any, sampler: Sampler) -> tuple[nn.Module, Sampler]:
     """The denoiser, and a sampler that takes one; of a pipeline, its denoiser is exchanged for the time of a run."""
     if isinstance(model, nn.Module):
         return model, sampler

@@ -1,7 +1,7 @@
 """The compiler, as one readable page: from a module, an example call and a schedule to a set of compiled step programs.
 
-capture -> normalize -> select regions -> compute cuts -> add signals -> specialize (-> split) | insert guards -> verify
--> lower
+capture -> normalize -> select regions -> compute cuts -> correct reuse -> add signals -> specialize (-> split) | insert
+guards -> verify -> lower
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .guards import Mask
 from .limits import Limits
 from .parameters import Parameters
 from .passes.branches import difference_program, rebuild_program
+from .passes.correct import CorrectReuse
 from .passes.cut import ComputeCut, RuleStorage
 from .passes.decide import Control
 from .passes.deduplicate import Deduplicate
@@ -59,6 +60,7 @@ class Options:
     refinement: bool = False
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     measure: Callable[[StepProgram], StepProgram] | None = None  # a pass for the program that refreshes all
+    compare: bool = False  # programs that reuse tell how what they reuse relates to what is computed
 
     def __post_init__(self) -> None:
         if self.decide not in DECIDE:
@@ -86,6 +88,7 @@ def front_end(
         Normalize(),  # drop what computes nothing
         SelectRegions(tuple(rule.regions for rule in schedule.rules)),  # which nodes are refreshed or reused together
         ComputeCut(storage),  # what is kept of them
+        CorrectReuse(schedule.corrections),  # what reused values are scaled and shifted by
         AddSignals(tuple(schedule.adaptive.items())),  # what adaptive guards measure
     )
 
@@ -188,7 +191,7 @@ class Captured:
         return self._sets.get(num_steps)
 
     def specialized(self, reused: Reused) -> StepProgram:
-        return run_passes(self.program, (Specialize(reused),))
+        return run_passes(self.program, (Specialize(reused, self.options.compare),))
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Regions that are refreshed together: those of one rule, unless its mask has a bit for each region."""

@@ -234,6 +234,12 @@ class Driver:
             device = device or (region.cut[0].device if region.cut else None)
         return torch.tensor(table, dtype=torch.float32, device=device)
 
+    def _moment(self, steps: StepSet, place: Place) -> torch.Tensor:
+        """The number of the step, and the share of the run that it completes."""
+        total, device = self._total(place), steps.regions[0].cut[0].device
+        moment = (float(place.position), (place.step + 1) / total if total else 0.0)
+        return torch.tensor(moment, dtype=torch.float32, device=device)
+
     def _run_specialised(
         self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, users: Tensors
     ) -> tuple[list[torch.Tensor], Decision]:
@@ -245,6 +251,7 @@ class Driver:
         turn.confirm(key)
         feed.rows = self._rows(steps, key, state, place.position, turn.measured) if key else None
         feed.live = early.live if early else {}
+        feed.moment = self._moment(steps, place) if any(self.schedule.corrections) else None
         results = steps.run(key, state, feed)
         for name, values in results.states.items():
             state.histories[name].refresh(values, float(place.position))
@@ -263,7 +270,7 @@ class Driver:
             group = steps.groups[region.name]
             by_group[group] = by_group.get(group, False) or region.name not in allowed
         reused = frozenset(r.name for r in steps.regions if not by_group[steps.groups[r.name]])
-        feed = Feed(users)
+        feed = Feed(users, moment=self._moment(steps, place))
         if self.schedule.adaptive:
             return self._run_deciding(steps, place, reused, reason, state, feed)
         feed.rows = self._rows(steps, reused, state, place.position, {})
@@ -284,9 +291,6 @@ class Driver:
             guard.graph = dict(steps.memory(frozenset(), steps.sizes(feed.users)))
         forced = not allowed
         device = steps.regions[0].cut[0].device
-        total = self._total(place)
-        moment = (float(place.position), (place.step + 1) / total if total else 0.0)
-        feed.moment = torch.tensor(moment, dtype=torch.float32, device=device)
         led = self._lead if self._lead and self._lead[:2] == (rule, place.step) else None
         follows = led is not None and led[2] != place.context.name and not forced
         lead = torch.where(led[3], 1.0, -1.0) if led and follows else torch.tensor(float(forced), device=device)

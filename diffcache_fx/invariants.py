@@ -53,6 +53,8 @@ def run_program(
             row = torch.zeros(node.meta["val"].shape)
             row[:, 0] = 1.0
             inputs.append(row)
+        elif entry.kind is InputKind.MOMENT:
+            inputs.append(torch.zeros(2))
         else:
             inputs.append(parameters(entry.target))
     with torch.no_grad():

@@ -90,6 +90,7 @@ class CutValue:
     slots: how many past refreshes are kept (1 for values that cannot be forecast, such as masks).
     order: the axes as they lie in memory, where the value is computed in another layout (channels last, say); it is
     stored with its axes in that order, and `shape` is that of what is stored. None: as they are.
+    scale, shift: names of the nodes that what is reused is multiplied by and moved by, if it is corrected; else None.
     """
 
     node: str
@@ -99,6 +100,8 @@ class CutValue:
     base: str | None = None
     slots: int = 1
     order: tuple[int, ...] | None = None
+    scale: str | None = None
+    shift: str | None = None
 
     @property
     def nbytes(self) -> int:

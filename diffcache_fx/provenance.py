@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import CalibrationError
+from .version import __version__
 
 # Elements of each weight that its hash looks at.
 _SAMPLED = 64
@@ -31,6 +32,26 @@ class Provenance:
     shapes: tuple[tuple[int, ...], ...] = ()
     sampler: str = ""
     version: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        timesteps: Sequence[float | None],
+        shapes: Sequence[tuple[int, ...]],
+        sampler: str = "",
+    ) -> Provenance:
+        """Of a run of this model. timesteps: one for each step, None where it could not be read."""
+        known = tuple(float(t) for t in timesteps if t is not None)
+        return cls(
+            model=type(model).__name__,
+            weights=hash_of_weights(model),
+            steps=len(timesteps),
+            timesteps=known if len(known) == len(timesteps) else (),
+            shapes=tuple(shapes),
+            sampler=sampler,
+            version=__version__,
+        )
 
     def check_model(self, model: nn.Module) -> None:
         """Raises CalibrationError where the model is another."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .adaptive import AdaptiveGuard
+from .correction import CORRECTIONS, ScaleShift
 from .errors import ScheduleError, nearest
 from .forecasts import FORECASTS, Forecast, Hold
 from .guards import GUARDS, Always, Guard, Interval, Mask
@@ -42,6 +43,7 @@ class Rule:
     storage: what is kept of a region: its "value"; its "residual" over the region's input, added to the fresh input at
     a reuse step; "auto": the residual where a value of the same shape enters the region, else the value.
     share: what is reused is the mean of the guidance "branches" (separate calls), or of the two "halves" of each batch.
+    correction: how what is reused is aligned with what would be computed; None for not at all.
     """
 
     regions: Selection = field(default_factory=Trunk)
@@ -49,6 +51,7 @@ class Rule:
     forecast: Forecast = field(default_factory=Hold)
     storage: str = "auto"
     share: str = "none"
+    correction: ScaleShift | None = None
 
     def __post_init__(self) -> None:
         _check_member("regions", self.regions, SELECTIONS)
@@ -66,6 +69,8 @@ class Rule:
             raise ScheduleError(f"storage must be one of {', '.join(STORAGES)}, not {self.storage!r}")
         if self.share not in SHARES:
             raise ScheduleError(f"share must be one of {', '.join(SHARES)}, not {self.share!r}")
+        if self.correction is not None:
+            _check_member("correction", self.correction, CORRECTIONS)
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,11 @@ class CacheSchedule:
     def windows(self) -> dict[int, tuple[float, float]]:
         """The rules that may reuse between two timesteps only, by index."""
         return {i: times for i, rule in enumerate(self.rules) if (times := rule.guard.timesteps) is not None}
+
+    @property
+    def corrections(self) -> tuple[ScaleShift | None, ...]:
+        """How each rule's reused values are corrected."""
+        return tuple(rule.correction for rule in self.rules)
 
     @property
     def needs_timestep(self) -> bool:
@@ -255,6 +265,7 @@ def _decode_rule(data: Any) -> Rule:
             "regions": lambda value: _decode_kind(value, SELECTIONS, "regions"),
             "guard": lambda value: _decode_kind(value, GUARDS, "guard"),
             "forecast": lambda value: _decode_kind(value, FORECASTS, "forecast"),
+            "correction": lambda value: None if value is None else _decode_kind(value, CORRECTIONS, "correction"),
         },
     )
 

@@ -18,10 +18,11 @@ from diffcache_fx.program import InputKind, StepProgram, returned
 
 from .ports import WEIGHTS
 
+# Constants of the program are buffers, too: constants of PyTorch's own kind lose their names in AOTInductor.
 _KINDS = {
     InputKind.PARAMETER: ExportKind.PARAMETER,
     InputKind.BUFFER: ExportKind.BUFFER,
-    InputKind.CONSTANT: ExportKind.CONSTANT_TENSOR,
+    InputKind.CONSTANT: ExportKind.BUFFER,
 }
 
 
@@ -52,7 +53,7 @@ def to_exported(
     for node, entry in zip(nodes, program.inputs, strict=True):
         kind = kinds.get(entry.kind, ExportKind.USER_INPUT)
         target = entry.target if entry.kind in kinds else None
-        persistent = True if entry.kind is InputKind.BUFFER else None
+        persistent = True if kind is ExportKind.BUFFER else None
         specs.append(InputSpec(kind, TensorArgument(name=node.name), target, persistent))
         if target is None:
             users.append(node)
@@ -65,16 +66,14 @@ def to_exported(
         in_spec=pytree.tree_structure((args, {})),
         out_spec=pytree.tree_structure(tuple(range(len(results)))),
     )
-    own = {entry.target for entry in program.inputs if entry.kind is InputKind.CONSTANT}
     return ExportedProgram(
         copied.module,
         copied.graph,
         ExportGraphSignature(input_specs=specs, output_specs=results),
-        {name: _parameter(tensor) for name, tensor in weights.items() if name not in own},
+        {name: _parameter(tensor) for name, tensor in weights.items()},
         ranges,
         [ModuleCallEntry("", call)],
         example_inputs=None if ranges and not examples else (args, {}),
-        constants={name: tensor for name, tensor in weights.items() if name in own},
     )
 
 

@@ -23,6 +23,7 @@ from diffcache_fx.program import (
 
 from .aliasing import root_of
 from .conditional import Body, branch, choose, next_history, transposed
+from .correct import corrected
 from .emit import (
     aten,
     call,
@@ -93,7 +94,9 @@ def guard_regions(program: StepProgram, predicate_of: dict[str, str], hoist: boo
     graph.lint()
     root.recompile()
     result = program.replace(module=root, inputs=tuple(inputs), outputs=tuple(outputs))
-    return drop_unused_inputs(result, frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT}))
+    return drop_unused_inputs(
+        result, frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.MOMENT})
+    )
 
 
 def _rows(graph: fx.Graph, program: StepProgram, inputs: list[Input]) -> fx.Node | None:
@@ -134,9 +137,9 @@ class _Guarded:
         """Insert the conditional; returns the cut values that flow on, and the new history of each."""
         inside = [node for node in root.graph.nodes if node.name in self.region.nodes]
         within = set(inside)
-        bases = [self.nodes[value.base] for value in self.region.cut if value.base is not None]
+        beside = [name for value in self.region.cut for name in (value.base, value.scale, value.shift) if name]
         outside = (s for n in inside for s in n.all_input_nodes if s not in within and s.op != "get_attr")
-        entering = dict.fromkeys([*outside, *bases])
+        entering = dict.fromkeys([*outside, *(self.nodes[name] for name in beside)])
         slots = [slot for per_value in self.histories for slot in per_value]
         operands = [*entering, *slots, *([self.rows] if self.rows is not None else [])]
         flat = frozenset() if self.hoist else transposed(operands)
@@ -145,7 +148,8 @@ class _Guarded:
         flows = [self._flow(root.graph, next(items), value) for value in self.region.cut]
         return flows, [[next(items) for _ in per_value] for per_value in self.histories]
 
-    def _base(self, name: str | None, memo: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    def _beside(self, name: str | None, memo: dict[fx.Node, fx.Node]) -> fx.Node | None:
+        """What one of the nodes beside the region is in a branch."""
         return memo[self.nodes[name]] if name is not None else None
 
     def _packed(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -173,7 +177,7 @@ class _Guarded:
             named = {node.name: memo[node] for node in inside}
             flow, kept = [], []
             for value, slots in zip(self.region.cut, self.histories, strict=True):
-                fresh, base = self._packed(graph, named[value.node]), self._base(value.base, memo)
+                fresh, base = self._packed(graph, named[value.node]), self._beside(value.base, memo)
                 flow.append(to_stored(graph, fresh, value) if self.hoist else fresh)
                 stored = fresh if base is None else call(graph, aten.sub.Tensor, fresh, base)
                 kept += next_history(to_stored(graph, stored, value), [memo[slot] for slot in slots])
@@ -188,7 +192,10 @@ class _Guarded:
                 held = [operands[slot] for slot in slots]
                 row = row_of(graph, operands[self.rows] if self.rows is not None else None, self.number, value.slots)
                 filled = weighted_sum(graph, held, row, value)
-                base = self._base(value.base, operands)
+                scale, shift = (self._beside(name, operands) for name in (value.scale, value.shift))
+                if scale is not None and shift is not None:
+                    filled = corrected(graph, filled, value, scale, shift)
+                base = self._beside(value.base, operands)
                 filled = filled if base is None else call(graph, aten.add.Tensor, base, filled)
                 filled = self._packed(graph, filled)
                 flow.append(to_stored(graph, filled, value) if self.hoist else filled)

@@ -11,6 +11,8 @@ from diffcache_fx.errors import RegionError, nearest
 from diffcache_fx.judgement import relative_l1
 from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram, output_node, returned
 
+from .compare import compared
+from .correct import corrected
 from .emit import (
     aten,
     call,
@@ -33,12 +35,15 @@ class Specialize:
     """Write the step program in which the regions in `reused` come from the cache and all others are computed.
 
     Rules:
-    1. A reused region's cut is the weighted sum of its history (one slot: the slot itself), plus the fresh base where
-       stored as a residual. The region's nodes die, and with them what only fed them, down to the parameters.
+    1. A reused region's cut is the weighted sum of its history (one slot: the slot itself), scaled and shifted where
+       its rule corrects it, plus the fresh base where stored as a residual. The region's nodes die, and with them what
+       only fed them, down to the parameters.
     2. A computed region's cut is returned as state; the fresh value itself flows on, so refreshing is exact.
     3. State is returned contiguous and in memory of its own; no output aliases the cache.
     4. A region whose forecast is verified (`program.measured`) is computed all the same, on what enters it at this
        step; nothing but the SIGNAL output "rule/error", the relative L1 difference to the forecast, uses the result.
+    5. With `compare`, every reused region is computed like that, and SIGNAL outputs "region/index/moments" tell how the
+       forecast, before it is corrected, relates to what is computed, channel by channel (see `compare`).
 
     Before:  a = block0(x); b = block1(a); return head(b)                       region: block1, cut: b
     After:   reused={}:        ...; return head(b), b
@@ -48,6 +53,7 @@ class Specialize:
     """
 
     reused: frozenset[str] = frozenset()
+    compare: bool = False
 
     def __call__(self, program: StepProgram) -> StepProgram:
         names = [region.name for region in program.regions]
@@ -87,6 +93,7 @@ class Specialize:
 
         checked = {name: entry.rule for entry in program.measured for name in entry.checks}
         verified: dict[str, tuple[fx.Node, fx.Node]] = {}
+        beside: dict[str, fx.Node] = {}
         for region in reused:
             inside = {nodes[name] for name in region.nodes}
             for index, value in enumerate(region.cut):
@@ -97,13 +104,19 @@ class Specialize:
                     row = row_of(graph, rows, names.index(region.name), value.slots)
                     history = [slots[history_target(region.name, index, slot)] for slot in range(value.slots)]
                     filled = weighted_sum(graph, history, row, value)
-                    if value.base is not None:
-                        filled = call(graph, aten.add.Tensor, nodes[value.base], filled, like=fresh)
+                    base = nodes[value.base] if value.base is not None else None
+                    forecast = filled
+                    if value.scale is not None and value.shift is not None:
+                        filled = corrected(graph, filled, value, nodes[value.scale], nodes[value.shift])
+                    if base is not None:
+                        filled = call(graph, aten.add.Tensor, base, filled, like=fresh)
+                    fresh.replace_all_uses_with(
+                        filled,
+                        delete_user_cb=lambda user, stay=inside | {anchor}: user not in stay,  # type: ignore[misc]
+                    )
+                    if self.compare and value.dtype.is_floating_point:
+                        beside[f"{region.name}/{index}"] = compared(graph, forecast, fresh, base)
                 graph.erase_node(anchor)
-                fresh.replace_all_uses_with(
-                    filled,
-                    delete_user_cb=lambda user, inside=inside: user not in inside,  # type: ignore[misc]
-                )
                 nodes[value.node] = filled
                 if region.name in checked and index == 0:
                     verified[region.name] = (filled, fresh)
@@ -117,6 +130,8 @@ class Specialize:
                 pair = verified.get(name, (fresh, fresh))
                 users.append(inline(graph, lambda values: relative_l1(*values), list(pair)))
                 outputs.append(Output(OutputKind.SIGNAL, f"{rule}/error"))
+            users += beside.values()
+            outputs += [Output(OutputKind.SIGNAL, f"{target}/moments") for target in beside]
             for region in program.regions:
                 if region.name in self.reused:
                     continue
@@ -131,5 +146,6 @@ class Specialize:
         eliminate_dead(graph)
         result = result.replace(inputs=tuple(inputs), outputs=tuple(outputs), reused=self.reused)
         return drop_unused_inputs(
-            result, frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.USER})
+            result,
+            frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.USER, InputKind.MOMENT}),
         )

@@ -32,6 +32,25 @@ from diffcache_fx.parameters import Parameters
 from diffcache_fx.program import InputKind, OutputKind, StepProgram
 from diffcache_fx.selection import Selection
 
+# The files that take longest. What is left of a run when few files are is done by one process alone, so they go first.
+_LONG = (
+    "test_methods",
+    "test_bench_engines",
+    "test_bench_exports",
+    "test_published",
+    "test_export_aot",
+    "test_export_tensorrt",
+    "test_invariants",
+    "test_bench_methods",
+    "test_export_onnx",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; otherwise as they are."""
+    ranks = {name: rank for rank, name in enumerate(_LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(_LONG)))
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -150,8 +169,10 @@ def run(
     rows: torch.Tensor | None = None,
     predicates: Mapping[str, bool] | None = None,
     call: Callable[..., Any] | None = None,
+    step: int = 0,
 ) -> Result:
-    """Run any form of a step program. state: by history target; predicates: by group, True = refresh."""
+    """Run any form of a step program. state: by history target; predicates: by group, True = refresh. step: its
+    number."""
     parameters = Parameters(module)
     tensors = dict(zip(program.signature.tensor_leaves, users, strict=True))
     given: list[Any] = []
@@ -163,6 +184,8 @@ def run(
             given.append(state[entry.target])
         elif entry.kind is InputKind.ROWS:
             given.append(rows)
+        elif entry.kind is InputKind.MOMENT:
+            given.append(torch.tensor([float(step), 0.0]))
         elif entry.kind is InputKind.PREDICATE:
             assert predicates is not None
             given.append(torch.tensor(predicates[entry.target]))

@@ -119,7 +119,7 @@ at::Tensor Bundle::step(const Tensors& arguments) {
 
 at::Tensor Bundle::planned(const Tensors& arguments) {
   const json::Value& entry = *plan_entry();
-  Tensors extra;
+  Tensors extra{{"moment", moment()}};
   if (!entry["rows"].array().empty()) extra["rows"] = rows_of(entry["rows"]);
   Results results = run(entry["program"].text(), arguments, extra);
   std::map<std::string, long> slots;
@@ -175,8 +175,15 @@ at::Tensor Bundle::split(const Tensors& arguments) {
   return results["user"].at("0");
 }
 
+// The number of the step, and the share of the run that it completes.
+at::Tensor Bundle::moment() const {
+  const json::Value& total = manifest_["control"]["num_steps"];
+  const double share = total.null() ? 0.0 : (step_ + 1) / total.number();
+  return at::tensor({static_cast<float>(step_), static_cast<float>(share)});
+}
+
 at::Tensor Bundle::branching(const Tensors& arguments) {
-  Tensors extra;
+  Tensors extra{{"moment", moment()}};
   const json::Value* entry = plan_entry();
   bool fresh = true;
   if (entry != nullptr) {
@@ -186,10 +193,7 @@ at::Tensor Bundle::branching(const Tensors& arguments) {
       fresh &= refresh.truth();
     }
   } else {
-    const json::Value& total = manifest_["control"]["num_steps"];
-    const double share = total.null() ? 0.0 : (step_ + 1) / total.number();
     extra["force"] = at::full({}, forced() ? 1.0 : 0.0, at::kFloat);
-    extra["moment"] = at::tensor({static_cast<float>(step_), static_cast<float>(share)});
   }
   Results results = run("step", arguments, extra);
   for (const auto& [target, value] : results["state"]) history_[target] = value;

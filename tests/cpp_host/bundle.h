@@ -55,6 +55,7 @@ class Bundle {
   at::Tensor split(const Tensors& arguments);
   at::Tensor branching(const Tensors& arguments);
   void store(const Tensors& fresh, const std::map<std::string, long>& slots);
+  at::Tensor moment() const;
   bool forced() const;
   bool refresh(double change);
   const json::Value& rule() const { return manifest_["schedule"]["rules"].array().at(0); }

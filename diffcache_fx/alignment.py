@@ -1,0 +1,338 @@
+"""Fitting scale-shift corrections: reused values aligned with what would be computed, on the cached model's own runs.
+
+Block Caching (Wimbauer et al., CVPR 2024) unrolls the cached model from noise; at every step the blocks that it reuses
+are computed as well, by the frozen weights, on what enters them there; and scale and shift are trained to bring the two
+together. Here one program does both at once, and returns of each pair of values the means and second moments by
+channel: all that the squared error depends on. What enters a block is taken as given, so that no gradient runs through
+the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffcache_fx.passes.compare import FORECAST, FORECAST_SQUARE, FRESH, FRESH_SQUARE, PRODUCT
+from diffcache_fx.passes.correct import constant_name
+
+from .calibration import Progress, Sampler, check_count, within
+from .compile import Captured, Options, user_shapes
+from .correction import ScaleShift
+from .denoiser import CachedDenoiser
+from .driver import Driver
+from .errors import CalibrationError
+from .plan import Reused
+from .provenance import Provenance
+from .recognition import Place
+from .record import Decision
+from .schedule import CacheSchedule
+from .state import CacheState
+from .step_set import Feed, StepSet
+
+FREQUENCIES = 64
+Moments = Mapping[str, Tensor]  # by "region/index": [5, channels], see `passes.compare`
+
+
+class _Learner(Protocol):
+    """again: whether a step runs once more with what was learned at it."""
+
+    again: bool
+
+    def learn(self, step: int, moments: Moments) -> None:
+        """Take what a step has measured."""
+
+
+class ClosedForm:
+    """Each step's scale and shift by least squares, channel by channel, over all samples seen so far."""
+
+    again = True
+
+    def __init__(self, tables: Mapping[str, Tensor]) -> None:
+        self.tables = tables
+        self._sums: dict[tuple[str, int], tuple[int, Tensor]] = {}
+
+    def learn(self, step: int, moments: Moments) -> None:
+        for name, found in moments.items():
+            count, raw = self._sums.get((name, step), (0, torch.zeros(4, found.shape[1], dtype=torch.float64)))
+            m = found.double().cpu()
+            h, f = m[FORECAST], m[FRESH]
+            raw = raw + torch.stack((h, f, m[FORECAST_SQUARE] + h * h, m[PRODUCT] + h * f))
+            self._sums[name, step] = count + 1, raw
+            h, f, square, product = raw / (count + 1)
+            variance, covariance = square - h * h, product - h * f
+            flat = variance <= 1e-6 * square  # a channel that hardly varies tells of a shift only
+            scale = torch.where(flat, 1.0, covariance / variance.clamp_min(1e-30))
+            self.tables[name][step] = torch.stack((scale, f - scale * h)).to(self.tables[name])
+
+
+class Trained:
+    """Scale and shift as linear maps of the timestep's embedding (sines and cosines of `FREQUENCIES` frequencies, and
+    1), trained by Adam, one update for each step that reuses; the learning rate falls to zero along a cosine. What is
+    minimised is the mean square of what is left of each value, over its mean square, summed over the values."""
+
+    again = False
+
+    def __init__(
+        self, tables: Mapping[str, Tensor], timesteps: list[float], iterations: int, learning_rate: float
+    ) -> None:
+        self.tables, self.iterations, self.done = tables, iterations, 0
+        self.losses: list[float] = []
+        self._embedding = embedding(torch.tensor(timesteps))
+        width = self._embedding.shape[1]
+        self._maps = {name: torch.zeros(width, 2, table.shape[2], requires_grad=True) for name, table in tables.items()}
+        self._adam = torch.optim.Adam(self._maps.values(), lr=learning_rate)
+        self._rate = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, iterations)
+
+    def learn(self, step: int, moments: Moments) -> None:
+        if not moments or self.done == self.iterations:
+            return
+        with torch.enable_grad():
+            loss = torch.stack([self._loss(step, name, found.float().cpu()) for name, found in moments.items()]).sum()
+            self._adam.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        self._adam.step()
+        self._rate.step()
+        self.losses.append(float(loss.detach()))
+        self.done += 1
+        for name, table in self.tables.items():
+            made = torch.einsum("se,ekc->skc", self._embedding, self._maps[name].detach())
+            made[:, 0] += 1.0
+            table.copy_(made)
+
+    def _loss(self, step: int, name: str, m: Tensor) -> Tensor:
+        scale, shift = torch.einsum("e,ekc->kc", self._embedding[step], self._maps[name])
+        scale = 1.0 + scale
+        h, f = m[FORECAST], m[FRESH]
+        off = scale * h + shift - f  # of the means; what varies around them comes on top
+        left = off.square() + scale.square() * m[FORECAST_SQUARE] - 2 * scale * m[PRODUCT] + m[FRESH_SQUARE]
+        return left.mean() / (m[FRESH_SQUARE] + f.square()).mean().clamp_min(1e-12)
+
+
+def embedding(timesteps: Tensor) -> Tensor:
+    """[steps, 2 FREQUENCIES + 1] of length 1 or so: sinusoids of periods from 2 pi to 2 pi 10,000, as denoisers embed
+    timesteps from 0 to 1000, and 1."""
+    scaled = timesteps.double() * (1000.0 / timesteps.abs().max().double().clamp_min(1e-6))
+    rates = torch.exp(-torch.arange(FREQUENCIES).double() * (torch.tensor(10000.0).log() / FREQUENCIES))
+    angles = scaled[:, None] * rates
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1) / FREQUENCIES**0.5
+    return torch.cat((waves, torch.ones(len(scaled), 1)), dim=1).float()
+
+
+class _AligningDriver(Driver):
+    """Runs the plan, and lets each step be learned from."""
+
+    def __init__(self, schedule: CacheSchedule, num_steps: int, run: _Run) -> None:
+        super().__init__(schedule, num_steps)
+        self.run = run
+
+    def _run_specialised(
+        self,
+        steps: StepSet,
+        place: Place,
+        allowed: Reused,
+        reason: str,
+        state: CacheState,
+        users: Mapping[int, Tensor],
+    ) -> tuple[list[Tensor], Decision]:
+        key = steps.choice.serve(allowed, steps.weight)
+        rows = self._rows(steps, key, state, place.position, {}) if key else None
+        feed = Feed(users, rows=rows, moment=self._moment(steps, place))
+        results = steps.run(key, state, feed)
+        self.run.note(place)
+        moments = {target.rpartition("/")[0]: values for target, values in results.signals.items()}
+        learner = self.run.learner
+        if learner is not None and moments:
+            learner.learn(place.step, moments)
+            results = steps.run(key, state, feed) if learner.again else results
+        for name, values in results.states.items():
+            state.histories[name].refresh(values, float(place.position))
+        return results.users, self._decision(steps, place, key, reason)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the drivers of all threads share. timesteps: of the first run. calls: in all, by guidance branch."""
+
+    learner: _Learner | None = None
+    timesteps: dict[int, float | None] = dataclasses.field(default_factory=dict)
+    calls: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def note(self, place: Place) -> None:
+        self.timesteps.setdefault(place.step, place.timestep)
+        self.calls[place.context.name] += 1
+
+
+class _Aligning(CachedDenoiser):
+    """The cached model, whose programs also compute what they reuse."""
+
+    def __init__(self, model: nn.Module, schedule: CacheSchedule, options: Options) -> None:
+        super().__init__(model, schedule, options)
+        self._own["run"] = _Run()
+
+    def _make_driver(self) -> Driver:
+        steps = self._own["options"].num_steps
+        return _AligningDriver(self._own["schedule"], steps, self._own["run"])
+
+    @property
+    def run(self) -> _Run:
+        run: _Run = self._own["run"]
+        return run
+
+    def captured(self) -> Captured:
+        found = self._captured()
+        assert found is not None
+        return found
+
+    def tables(self) -> dict[str, Tensor]:
+        """By "region/index", the table in use; what is written there takes effect at the next step."""
+        program = self.captured().program
+        names = {
+            f"{region.name}/{index}": constant_name(region.name, index)
+            for region in program.regions
+            for index, value in enumerate(region.cut)
+            if value.scale is not None
+        }
+        return {target: program.constants[name] for target, name in names.items()}
+
+
+def fit_scale_shift(
+    model: Any,
+    sampler: Sampler,
+    schedule: CacheSchedule,
+    *,
+    num_steps: int | None = None,
+    generations: int = 1,
+    **options: Any,
+) -> CacheSchedule:
+    """The schedule with scale-shift corrections in closed form: per step and channel, the least-squares fit of what is
+    reused to what would be computed, one step after the other, on the corrected model's own way from noise.
+
+    model, sampler: as in `Calibration`; sampler(denoiser, seed) draws one batch, of 32 samples, say. schedule: one
+    whose decisions are known ahead. num_steps: of a generation, where the schedule does not say. generations: how many
+    batches are drawn. options: seed, backend ("eager": little is run), max_programs (None: each row of the plan has its
+    program), describe, progress.
+
+    Raises CalibrationError for a schedule that decides as it runs, or whose number of steps is not known.
+    """
+    check_count("generations", generations, 1, None)
+    run = _prepared(model, sampler, schedule, num_steps, **options)
+    run.aligning.run.learner = ClosedForm(run.aligning.tables())
+    for index in range(generations):
+        run.told("align", index, generations)
+        run.draw(index)
+    run.told("align", generations, generations)
+    return run.schedule()
+
+
+def train_scale_shift(
+    model: Any,
+    sampler: Sampler,
+    schedule: CacheSchedule,
+    *,
+    num_steps: int | None = None,
+    iterations: int = 300,
+    learning_rate: float = 0.02,
+    **options: Any,
+) -> CacheSchedule:
+    """The schedule with scale-shift corrections as published: linear maps of the timestep's embedding, trained on the
+    cached model's own way from noise (Wimbauer et al., CVPR 2024: 15,000 iterations, on eight A100 for half a day or
+    longer; the learning rate is not in the paper).
+
+    iterations: updates of the maps, one for each step that reuses; batches are drawn until they are done. Others as in
+    `fit_scale_shift`.
+    """
+    check_count("iterations", iterations, 1, None)
+    run = _prepared(model, sampler, schedule, num_steps, **options)
+    learner = Trained(run.aligning.tables(), run.timesteps(), iterations, learning_rate)
+    run.aligning.run.learner = learner
+    index = 0
+    while learner.done < iterations:
+        run.told("align", learner.done, iterations)
+        before = learner.done
+        run.draw(index)
+        index += 1
+        if learner.done == before:
+            raise CalibrationError("this schedule reuses nothing in a run, so there is nothing to align")
+    run.told("align", iterations, iterations)
+    return run.schedule()
+
+
+@dataclasses.dataclass
+class _Prepared:
+    """A model that has been captured, and is ready to be drawn from."""
+
+    aligning: _Aligning
+    sample: Sampler
+    steps: int
+    seed: int
+    told: Progress
+    describe: str
+    asked: CacheSchedule
+
+    def draw(self, index: int) -> None:
+        with torch.no_grad():
+            self.sample(self.aligning, self.seed + index)
+
+    def timesteps(self) -> list[float]:
+        """Of each step; the numbers of the steps, from the last to the first, where they could not be read."""
+        found = self.aligning.run.timesteps
+        known = [found.get(step) for step in range(self.steps)]
+        if any(time is None for time in known):
+            return [float(self.steps - step) for step in range(self.steps)]
+        return [float(time) for time in known if time is not None]
+
+    def schedule(self) -> CacheSchedule:
+        program, found = self.aligning.captured().program, self.aligning.tables()
+        rules = []
+        for index, rule in enumerate(self.asked.rules):
+            own = [f"{r.name}/{i}" for r in program.regions if r.rule == index for i in range(len(r.cut))]
+            tables = [found[name] for name in own if name in found]
+            rules.append(dataclasses.replace(rule, correction=ScaleShift.of(tables)))
+        timesteps = [self.aligning.run.timesteps.get(step) for step in range(self.steps)]
+        made_for = Provenance.of(self.aligning.model, timesteps, user_shapes(program), self.describe)
+        return dataclasses.replace(self.asked, rules=tuple(rules), made_for=made_for)
+
+
+def _prepared(
+    model: Any,
+    sampler: Sampler,
+    schedule: CacheSchedule,
+    num_steps: int | None,
+    *,
+    seed: int = 0,
+    backend: Any = "eager",
+    max_programs: int | None = None,
+    describe: str = "",
+    progress: Progress | None = None,
+    **backend_options: Any,
+) -> _Prepared:
+    """A first generation captures the model; its steps are counted."""
+    if schedule.adaptive or schedule.branch is not None:
+        raise CalibrationError(
+            f"the schedule {schedule.name!r} decides as it runs, and corrections are fitted to steps that are known "
+            "ahead to reuse: take a plan, such as schedules.mask or block_cache"
+        )
+    steps = num_steps if num_steps is not None else schedule.mask_length
+    if steps is None:
+        raise CalibrationError("corrections are made for a number of steps: pass num_steps=")
+    check_count("num_steps", steps, 2, None)
+    denoiser, sample = within(model, sampler)
+    blank = tuple(dataclasses.replace(rule, correction=ScaleShift(steps)) for rule in schedule.rules)
+    options = Options(backend, steps, max_programs=max_programs, backend_options=backend_options, compare=True)
+    aligning = _Aligning(denoiser, dataclasses.replace(schedule, rules=blank, made_for=None), options)
+    told = progress or (lambda stage, done, total: None)
+    made = _Prepared(aligning, sample, steps, seed, told, describe, schedule)
+    told("record", 0, 1)
+    made.draw(0)
+    told("record", 1, 1)
+    for seen in set(aligning.run.calls.values() or (0,)) - {steps}:
+        raise CalibrationError(f"the sampler called the denoiser in {seen} steps, and corrections are for {steps}")
+    return made
+
+
+__all__ = ["ClosedForm", "Trained", "embedding", "fit_scale_shift", "train_scale_shift"]
