@@ -143,6 +143,7 @@ class Runs:
             backend=self.backend,
             example_inputs=self.example(images, setting.apart),
             num_steps=self.steps,
+            decide=setting.decide,
         )
         cached.prepare()
         return cached
@@ -194,6 +195,7 @@ class Runs:
             "seed": SEED,
             "backend": self.backend,
             **({"sampler": setting.sampler} if setting.sampler else {}),
+            **({"decide": setting.decide} if setting.decide != "host" else {}),
             **({"model": self.model} if self.model != "digits" else {}),
         }
 

@@ -28,7 +28,8 @@ class Setting:
     factory: a name in `diffcache_fx.schedules`; None: the uncached model in `steps` steps. options: the factory's own,
     or a function that makes them from what was measured on the model. apart: guidance as two calls a step, for methods
     that reuse one branch for the other. reference: what all others are compared with. sampler: of `bench.samplers`;
-    empty: the demo's own.
+    empty: the demo's own. given: a schedule that is made already, instead of a factory's. decide: as in
+    `compile_with_cache`.
     """
 
     method: str
@@ -39,6 +40,8 @@ class Setting:
     apart: bool = False
     reference: bool = False
     sampler: str = ""
+    given: CacheSchedule | None = None
+    decide: str = "host"
 
     @property
     def key(self) -> str:
@@ -48,12 +51,12 @@ class Setting:
     @property
     def control(self) -> bool:
         """Whether it is there for others to be compared with."""
-        return self.factory is None or self.method == EVEN
+        return (self.factory is None and self.given is None) or self.method == EVEN
 
     def schedule(self, calibration: Callable[[], Calibration]) -> CacheSchedule | None:
         """What to compile with; raises ScheduleError if the method cannot be had with these options."""
-        if self.factory is None:
-            return None
+        if self.factory is None or self.given is not None:
+            return self.given
         return schedules.get(self.factory, **self.arguments(calibration))
 
     def arguments(self, calibration: Callable[[], Calibration]) -> Mapping[str, Any]:

@@ -73,25 +73,36 @@ def choose(
     return items
 
 
-def transposed(operands: Sequence[fx.Node]) -> frozenset[fx.Node]:
-    """The operands whose layout a branch could not rely on: computed values that do not lie in the order of their axes.
+def movable(operands: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """The operands whose layout a branch could not rely on: computed values that do not lie in the order of their axes,
+    and images and videos.
 
-    Within torch.compile, Inductor lays out what it computes as it likes, and compiles a branch for the layout that was
-    recorded. In one axis there is but one layout: there such values are handed over like that.
+    Within torch.compile, Inductor lays out what it computes as it likes (what convolutions compute, channels last), and
+    compiles a branch for the layout that was recorded. In one axis there is but one layout: there such values are
+    handed over like that.
     """
-    return frozenset(n for n in operands if n.op == "call_function" and memory_order(n.meta["val"]) is not None)
+    return frozenset(n for n in operands if n.op == "call_function" and _may_move(n.meta["val"]))
+
+
+def _may_move(example: object) -> bool:
+    if not isinstance(example, torch.Tensor):
+        return False
+    return memory_order(example) is not None or (example.dim() >= 4 and example.is_contiguous())
+
+
+def _order(example: torch.Tensor) -> list[int]:
+    """The axes as they lie in memory."""
+    return list(memory_order(example) or range(example.dim()))
 
 
 def _flattened(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    order = memory_order(node.meta["val"])
-    assert order is not None
-    return call(graph, aten.view.default, call(graph, aten.permute.default, node, list(order)), [-1])
+    packed = call(graph, aten.permute.default, node, _order(node.meta["val"]))
+    return call(graph, aten.view.default, packed, [-1])
 
 
 def _unflattened(graph: fx.Graph, node: fx.Node, example: torch.Tensor) -> fx.Node:
     """What was flattened, in its own shape and layout. node: the operand in the branch."""
-    order = memory_order(example)
-    assert order is not None
+    order = _order(example)
     packed = example.permute(order)
     node.meta["val"] = packed.reshape(-1)
     whole = call(graph, aten.view.default, node, list(packed.shape))

@@ -98,9 +98,10 @@ class _Writer:
 
         def look_up(given: list[Tensor]) -> tuple[Tensor, Tensor]:
             table, moment = given
-            step = moment[0].clamp(0, last).to(torch.int64)
-            row = table.index_select(0, step.reshape(1))
-            return row[:, 0].reshape(shape), row[:, 1].reshape(shape)
+            step = moment[0].clamp(0, last).to(torch.int64).reshape(1)
+            # Looked up apart: operands of a conditional must not share memory.
+            scale, shift = (table[:, kind].index_select(0, step) for kind in range(2))
+            return scale.reshape(shape), shift.reshape(shape)
 
         first = next(n for n in graph.nodes if n.op != "placeholder")
         with graph.inserting_before(first):

@@ -29,8 +29,8 @@ class InsertGuards:
     3. Several groups become one conditional per region, sharing their group's predicate; there each region must be
        convex: no path may leave it and come back.
     4. With `control` the graph measures the signal and decides by itself; a single group, as in rule 2.
-    5. Without `hoist`, computed values that do not lie in the order of their axes enter a branch in one axis, the only
-       layout that Inductor cannot change; both branches return their values in the order of their axes.
+    5. Without `hoist`, computed values that do not lie in the order of their axes, and images, enter a branch in one
+       axis, the only layout that Inductor cannot change; both branches return their values in the order of their axes.
     6. History moves by one slot at a refresh (newest first) and stays at a reuse. Branches return nothing they were
        given: what passes through is cloned. Parameters are operands of the branches.
 

@@ -22,7 +22,7 @@ from diffcache_fx.program import (
 )
 
 from .aliasing import root_of
-from .conditional import Body, branch, choose, next_history, transposed
+from .conditional import Body, branch, choose, movable, next_history
 from .correct import corrected
 from .emit import (
     aten,
@@ -142,7 +142,7 @@ class _Guarded:
         entering = dict.fromkeys([*outside, *(self.nodes[name] for name in beside)])
         slots = [slot for per_value in self.histories for slot in per_value]
         operands = [*entering, *slots, *([self.rows] if self.rows is not None else [])]
-        flat = frozenset() if self.hoist else transposed(operands)
+        flat = frozenset() if self.hoist else movable(operands)
         arms = [branch(operands, body, root, flat) for body in (self._refresh(inside), self._reuse())]
         items = iter(choose(root, predicate, arms[0], arms[1], operands, f"_{self.number}", flat))
         flows = [self._flow(root.graph, next(items), value) for value in self.region.cut]
@@ -153,7 +153,7 @@ class _Guarded:
         return memo[self.nodes[name]] if name is not None else None
 
     def _packed(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
-        """Both branches must return one layout. Within torch.compile a transposed one does not last (sums are fused
+        """Both branches must return one layout. Within torch.compile a movable one does not last (sums are fused
         with products, whose results lie in the order of their axes): values leave a branch in that order."""
         if self.hoist or node.meta["val"].is_contiguous():
             return node

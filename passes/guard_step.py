@@ -8,7 +8,7 @@ from torch import fx
 from diffcache_fx.program import Input, InputKind, Output, OutputKind, StepProgram, output_node, returned
 
 from .common import Common, common_parts, handed_on, nothing_common
-from .conditional import Body, branch, choose, next_history, transposed
+from .conditional import Body, branch, choose, movable, next_history
 from .emit import history_target, placeholder, set_outputs
 from .specialize import Specialize
 
@@ -73,7 +73,7 @@ def conditional(
         _copy(root, refresh, common.before, memo)
         live = {name: memo[name] for source in (refresh, reuse) for name in handed_on(source, common)}
         operands = list(dict.fromkeys([*chosen.values(), *live.values()]))
-        flat = frozenset() if hoist else transposed(operands)
+        flat = frozenset() if hoist else movable(operands)
         arms = [
             branch(operands, _body(source, program, chosen, live, common, source is refresh), source.module, flat)
             for source in (refresh, reuse)

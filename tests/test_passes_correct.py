@@ -71,11 +71,12 @@ def test_the_program_before_and_after() -> None:
             "clamp = clamp(select, 0, 2)",
             "_to_copy = _to_copy(clamp, dtype=torch.int64)",
             "view = view(_to_copy, [1])",
-            "index_select = index_select(correction_blocks_1_0, 0, view)",
-            "select_1 = select(index_select, 1, 0)",
-            "view_1 = view(select_1, [1, 1, 8])",
-            "select_2 = select(index_select, 1, 1)",
-            "view_2 = view(select_2, [1, 1, 8])",
+            "select_1 = select(correction_blocks_1_0, 1, 0)",
+            "index_select = index_select(select_1, 0, view)",
+            "select_2 = select(correction_blocks_1_0, 1, 1)",
+            "index_select_1 = index_select(select_2, 0, view)",
+            "view_1 = view(index_select, [1, 1, 8])",
+            "view_2 = view(index_select_1, [1, 1, 8])",
             *text(base.graph).split("\n"),
         ]
     )
