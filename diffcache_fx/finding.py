@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Share of samples whose error stays below the one asked for.
 COVERED = 0.95
-_ROUNDS = 5
+_ROUNDS = 3  # of timed generations
 
 
 @dataclass(frozen=True)
@@ -129,29 +129,20 @@ def _faster(measured: Calibration, target: Speedup | Latency) -> tuple[Planned, 
     few, many = (timings.median(str(count)) for count in (counts[0], counts[-1]))
     slope = max((many - few) / max(counts[-1] - counts[0], 1), 1e-12)
     wanted = target.seconds if isinstance(target, Latency) else timings.median("uncached") / target.times
-    count = max(min(int((wanted - few) / slope) + counts[0], steps), least)
-    fast: tuple[int, float] | None = None
-    while least <= count <= steps:
+    count = min(int((wanted - few) / slope) + counts[0], steps)
+    while count >= least:
         plan = measured.plan(count)  # how fast it is does not depend on the weights
         measured.told("time", 0, 0)
-        timings = interleaved(
-            {"uncached": runs["uncached"], "cached": _runner(measured, plan)},
-            rounds=_ROUNDS,
-            warmup=1,
-            baseline="uncached",
-        )
-        speed = timings.speedup("cached").value
-        reached = wanted >= timings.median("cached") if isinstance(target, Latency) else speed >= target.times
-        if reached:
-            fast = count, speed
-            count += 1
-        elif fast is None:
-            count -= 1
-        else:
-            break
+        pair = {"uncached": runs["uncached"], "cached": _runner(measured, plan)}
+        timings = interleaved(pair, rounds=_ROUNDS, warmup=0, baseline="uncached")
+        taken, speed = timings.median("cached"), timings.speedup("cached").value
+        late = taken - (target.seconds if isinstance(target, Latency) else timings.median("uncached") / target.times)
+        if late <= 0:
+            measured.told("time", 1, 1)
+            return measured.best(count), speed
+        fewer = count - max(1, math.ceil(late / slope))
+        count = max(fewer, least) if count > least else fewer
     measured.told("time", 1, 1)
-    if fast is not None:
-        return measured.best(fast[0]), fast[1]
     raise CalibrationError(
         f"{target} cannot be met: with the fewest refreshes allowed ({least} of {steps}) a generation takes {few:.3g} "
         f"s and the uncached one {timings.median('uncached'):.3g} s. Allow longer runs of reuses, or cache more of the "

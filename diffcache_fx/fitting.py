@@ -109,7 +109,7 @@ def learned_rows(recording: Recording, bits: Sequence[int], history: int = 3) ->
     for step, computed in enumerate(bits):
         if computed:
             past = [step, *past][:history]
-        rows.append((1.0,) if computed else tuple(float(w) for w in planner.own_weights(past, step)))
+        rows.append((1.0,) if computed else tuple(float(w) for w in planner.own_weights(past, [step])[0]))
     return tuple(rows)
 
 
