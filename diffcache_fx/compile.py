@@ -186,6 +186,11 @@ class Captured:
     def programs_compiled(self) -> int:
         return len(self._lowered)
 
+    def exchange(self, schedule: CacheSchedule) -> None:
+        """Follow another schedule, which needs the same programs (see `exchange`); those that are compiled stay."""
+        self.schedule = schedule
+        self._sets.clear()
+
     def compiled(self, num_steps: int | None) -> StepSet | None:
         """The compiled programs for a run of so many steps, if they are there already."""
         return self._sets.get(num_steps)

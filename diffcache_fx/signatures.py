@@ -115,6 +115,7 @@ class Signatures:
 
     def __init__(self, module: nn.Module, schedule: CacheSchedule, options: Options) -> None:
         self.module, self.schedule, self.options = module, schedule, options
+        self._followed = schedule  # which may be another of the same structure
         self.compilations = 0
         self.recaptures: list[str] = []
         self._known: OrderedDict[Any, list[Signature]] = OrderedDict()
@@ -136,6 +137,7 @@ class Signatures:
                 check_call(self.module, call.args, call.kwargs)
                 mark = fingerprint(self.module)
                 captured = Captured(self.module, self.schedule, self.options, call.args, call.kwargs)
+                captured.exchange(self._followed)
                 found = Signature(captured, call, mark)
             alike = self._known.setdefault(call.key, [])
             alike.append(found)
@@ -175,6 +177,13 @@ class Signatures:
                 found = signature.captured.steps(num_steps)
                 self.compilations += signature.captured.programs_compiled - before
         return found
+
+    def exchange(self, schedule: CacheSchedule) -> None:
+        """Let all signatures follow another schedule, which needs the same programs."""
+        with self._lock:
+            self._followed = schedule
+            for signature in (entry for known in self._known.values() for entry in known):
+                signature.captured.exchange(schedule)
 
     def latest(self) -> Signature | None:
         """The signature captured or used last."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from .compile import Options
-from .denoiser import CachedDenoiser
 from .driver import Driver
+from .exchange import ExchangeableDenoiser
 from .forecasts import Binomial, Rows
 from .guards import Interval, Mask
 from .plan import Reused
@@ -49,7 +48,7 @@ class _TrialDriver(Driver):
         return [output.clone() for output in known[place.step]], self._decision(steps, place, frozenset(), "replayed")
 
 
-class Trial(CachedDenoiser):
+class Trial(ExchangeableDenoiser):
     """Follows the plan it was given last; plans and forecasts are data, and compile nothing."""
 
     def __init__(
@@ -71,9 +70,8 @@ class Trial(CachedDenoiser):
         """From the next generation on, of all threads. known: what the model returns in the uncached run that begins
         with the same noise; steps before the first refresh that matters are not computed again."""
         (rule,) = self._own["schedule"].rules
-        self._own["schedule"] = planned(rule.regions, rule.storage, bits, rows)
         self._own["known"], self._own["first"] = known or {}, first_used(bits, rows)
-        self._own["local"] = threading.local()
+        self.exchange(planned(rule.regions, rule.storage, bits, rows))
 
     def _make_driver(self) -> Driver:
         num_steps = self._own["options"].num_steps
