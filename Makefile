@@ -7,7 +7,7 @@ TEST_STAMP := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test lint types sweep methods engines clean install
+.PHONY: help demo test lint types sweep methods engines fidelity clean install
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -43,6 +43,11 @@ methods: $(TEST_STAMP) ## every method on the demo model, quality against speed;
 engines: $(TEST_STAMP) ## exported engines against uncached ones, in each runtime that is here
 	$(BIN)/python -m bench.engines
 	$(BIN)/python -m bench.full_size
+
+fidelity: $(TEST_STAMP) ## quality against compute on both demo models, every method at equal budgets; many hours, goes on
+	$(BIN)/python -m bench.fidelity
+	$(BIN)/python -m bench.block_caching
+	$(BIN)/python -m bench.sampler
 
 install: $(TEST_STAMP) ## the library, editable, with what the tests need
 

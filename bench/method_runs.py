@@ -87,6 +87,7 @@ class Runs:
     backend: str = "inductor"
     model: str = "digits"
     compared: Setting | None = None
+    seed: int = SEED
 
     def __post_init__(self) -> None:
         self.batch = min(self.batch, self.samples)
@@ -155,7 +156,7 @@ class Runs:
             self.labels(first, count),
             scheduler=self.scheduler(setting),
             num_steps=setting.steps or self.steps,
-            seed=SEED,
+            seed=self.seed,
             batch_size=count,
             progress=told,
             batched_guidance=not setting.apart,
@@ -192,7 +193,7 @@ class Runs:
             "apart": setting.apart,
             "batch": self.batch,
             "dtype": str(self.dtype),
-            "seed": SEED,
+            "seed": self.seed,
             "backend": self.backend,
             **({"sampler": setting.sampler} if setting.sampler else {}),
             **({"decide": setting.decide} if setting.decide != "host" else {}),

@@ -6,7 +6,7 @@ SSIM and the Fréchet distance are torchmetrics'; the intervals are bootstraps f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,38 @@ class FrechetDistance:
         return float(self._metric.compute())
 
 
+class Neighbourhoods:
+    """Precision: the share of features [N, D] that lie within the distance of some reference row to its k-th nearest;
+    recall: the share of reference rows that lie within such a distance of a feature row (Kynkaanniemi et al., 2019).
+
+    reference: [M, D]; recall is taken over as many of its rows, drawn from a fixed seed, as there are features.
+    """
+
+    def __init__(self, reference: Tensor, nearest: int = 3) -> None:
+        self._reference, self._nearest = reference.float(), nearest
+        self._radii = self._radii_of(self._reference)
+
+    def __call__(self, features: Tensor) -> dict[str, Tensor]:
+        """`precision` and `recall`, one 0 or 1 for each row."""
+        rows = features.float()
+        picks = torch.randperm(len(self._reference), generator=torch.Generator().manual_seed(0))[: len(rows)]
+        inside = torch.cat([(part <= self._radii).any(1) for part in self._distances(rows, self._reference)])
+        chosen, radii = self._reference[picks], self._radii_of(rows)
+        covered = torch.cat([(part <= radii).any(1) for part in self._distances(chosen, rows)])
+        return {"precision": inside.double(), "recall": covered.double()}
+
+    def _radii_of(self, rows: Tensor) -> Tensor:
+        """Of each row, the distance to its k-th nearest other row."""
+        count = self._nearest + 1  # each row is its own nearest
+        return torch.cat([part.kthvalue(count, dim=1).values for part in self._distances(rows, rows)])
+
+    @staticmethod
+    def _distances(rows: Tensor, others: Tensor) -> Iterator[Tensor]:
+        """[., len(others)] for some rows after the other, so that memory stays small."""
+        for part in rows.split(500):
+            yield torch.cdist(part, others)
+
+
 def mean_estimate(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Mean of per-image values [N]; the interval resamples images."""
     data = values.double().numpy()
@@ -112,11 +144,13 @@ def score(
     read: Callable[[Tensor], tuple[Tensor, Tensor]],
     distance: Callable[[Tensor], float],
     reference: Tensor | None,
+    neighbourhoods: Neighbourhoods | None = None,
 ) -> dict[str, Estimate]:
     """Everything about images [N, 1, H, W] in [-1, 1] drawn for `labels` [N].
 
     read: from images to the labels seen in them and their features. reference: the uncached images of the same noise;
-    None for these themselves, which have no PSNR and SSIM. Returns `psnr_db`, `ssim`, `accuracy` (a share), `frechet`.
+    None for these themselves, which have no PSNR and SSIM. Returns `psnr_db`, `ssim`, `accuracy` (a share), `frechet`;
+    with neighbourhoods of real features, `precision` and `recall`.
     """
     found = {}
     if reference is not None:
@@ -125,4 +159,6 @@ def score(
     seen, features = read(images)
     found["accuracy"] = mean_estimate((seen == labels).double())
     found["frechet"] = distance_estimate(features, distance)
+    if neighbourhoods is not None:
+        found |= {name: mean_estimate(values) for name, values in neighbourhoods(features).items()}
     return found

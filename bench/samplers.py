@@ -5,6 +5,7 @@ All start where the training noise is largest (trailing timesteps) and end at cl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def is_flow(own: Any) -> bool:
 def first_order(own: Any) -> Any:
     """DDIM, or Euler's method for flows. One node is both; diffusers' own DDIM goes wrong on trailing timesteps where
     the number of steps does not divide 1000."""
-    return LagrangeScheduler.from_config(_options(own), nodes=1)
+    return LagrangeScheduler.from_config(_options(own, LagrangeScheduler), nodes=1)
 
 
 def heun(own: Any) -> Any:
@@ -39,10 +40,12 @@ def heun(own: Any) -> Any:
     return HeunDiscreteScheduler.from_config(_options(own), use_karras_sigmas=True)
 
 
-def _options(own: Any) -> dict[str, Any]:
-    """Of a scheduler, defaults included, which differ from class to class."""
+def _options(own: Any, kind: type | None = None) -> dict[str, Any]:
+    """Of a scheduler, defaults included, which differ from class to class; those only that `kind` knows."""
     given = {name: value for name, value in own.config.items() if not name.startswith("_")}
-    return given if is_flow(own) else given | {"timestep_spacing": "trailing"}
+    given |= {} if is_flow(own) else {"timestep_spacing": "trailing"}
+    known = given if kind is None else inspect.signature(kind).parameters
+    return {name: value for name, value in given.items() if name in known}
 
 
 def _flow_options(own: Any) -> dict[str, Any]:
@@ -65,7 +68,9 @@ def lagrange(nodes: int, refinements: int, **options: Any) -> Made:
 
     def make(own: Any) -> Any:
         extra = {} if is_flow(own) else {"variable": "angle"}
-        return LagrangeScheduler.from_config(_options(own), nodes=nodes, refinements=refinements, **extra, **options)
+        return LagrangeScheduler.from_config(
+            _options(own, LagrangeScheduler), nodes=nodes, refinements=refinements, **extra, **options
+        )
 
     return make
 

@@ -10,8 +10,10 @@ cache-guarded subgraphs, and lowers the result.
 
 from . import fitting, schedules
 from .adaptive import DraftError, OutputChange, ProbeChange, RelativeChange
+from .alignment import fit_scale_shift, train_scale_shift
 from .calibration import Calibration, calibrate
 from .compile import compile_with_cache
+from .correction import ScaleShift
 from .denoiser import CachedDenoiser
 from .errors import (
     CacheError,
@@ -95,6 +97,7 @@ __all__ = [
     "Rows",
     "Rule",
     "Scale",
+    "ScaleShift",
     "ScheduleError",
     "Speedup",
     "StaleProgramError",
@@ -108,6 +111,8 @@ __all__ = [
     "__version__",
     "calibrate",
     "compile_with_cache",
+    "fit_scale_shift",
     "fitting",
     "schedules",
+    "train_scale_shift",
 ]

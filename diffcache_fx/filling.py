@@ -130,7 +130,7 @@ class Filling:
 
     def _measured(self, past: tuple[int, ...], length: int) -> Reuses:
         seen, steps = self._values[list(past)], np.arange(past[0] + 1, past[0] + 1 + length)
-        weights = self.own_weights(past, steps)
+        weights = self.own_weights(past, steps.tolist())
         off = self.gains[steps, None] * (self._values[steps] - weights @ seen)
         sums, squares = np.zeros((length + 1, self.steps)), np.zeros(length + 1)
         off.cumsum(0, out=sums[1:])

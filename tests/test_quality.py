@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.quality import Estimate, FrechetDistance, distance_estimate, mean_estimate, psnr_each, score, ssim_each
+from bench.quality import (
+    Estimate,
+    FrechetDistance,
+    Neighbourhoods,
+    distance_estimate,
+    mean_estimate,
+    psnr_each,
+    score,
+    ssim_each,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,3 +112,15 @@ def test_score() -> None:
     assert found["ssim"].value == pytest.approx(1)
     assert found["frechet"].value == pytest.approx(0, abs=1e-9)
     assert set(score(images, labels, Classifier().predict, distance, None)) == {"accuracy", "frechet"}
+
+
+def test_precision_and_recall() -> None:
+    """Two clouds of real rows; what is drawn lies in one of them, and beside both."""
+    clouds = torch.cat((noise(300, 4), noise(300, 4, seed=1) + 50))
+    found = Neighbourhoods(clouds)(torch.cat((noise(60, 4, seed=2), noise(20, 4, seed=3) - 50)))
+    assert {name: len(rows) for name, rows in found.items()} == {"precision": 80, "recall": 80}
+    assert float(found["precision"][:60].mean()) > 0.9
+    assert float(found["precision"][60:].sum()) == 0
+    assert float(found["recall"].mean()) == pytest.approx(0.5, abs=0.15)
+    same = Neighbourhoods(clouds)(clouds)
+    assert float(same["precision"].mean()) == float(same["recall"].mean()) == 1

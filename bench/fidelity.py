@@ -1,0 +1,248 @@
+"""Quality against compute, every method at equal budgets: `python -m bench.fidelity [--models NAME ...]`.
+
+On the demo models, each method is tuned to the budgets that it can reach (1.5x to 5x fewer executed FLOPs) and draws
+the same samples as the uncached model in all steps, from three seeds. Controls: the model's own sampler,
+DPM-Solver++(2M) and UniPC, uncached, in as many steps as the budget pays for, and the trunk held at even intervals.
+Measures: PSNR and SSIM to the uncached images of the same noise; accuracy; Fréchet distance, precision and recall in
+classifier features against real digits. Writes `bench/results/fidelity.json`, `fidelity.md` and a plot of each model;
+goes on where it was interrupted. 10,000 samples: `--samples 10000`, for larger machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench.fidelity_methods import OURS, Contender, Tuner, chosen
+from bench.fidelity_report import markdown, pictures
+from bench.method_runs import Record, Runs, read_json, write_json
+from bench.method_settings import NOT_APPLICABLE, UNCACHED, Setting
+from bench.quality import Estimate, FrechetDistance, Neighbourhoods, score
+from bench.samplers import SAMPLERS
+from diffcache_fx import CalibrationError
+from diffcache_fx.compile import Options
+from diffcache_fx.exchange import ExchangeableDenoiser, structure
+from diffcache_fx.models import DEMOS
+
+FOLDER = Path(__file__).parent
+WORK, RESULTS = FOLDER / "work" / "fidelity", FOLDER / "results"
+BUDGETS = (1.5, 2.0, 3.0, 4.0, 5.0)
+OWN, FAST = "DDIM or Euler", "DPM-Solver++(2M)"
+USED = {"digits": (OWN, FAST), "digit-pairs": (OWN,)}
+CONTROLS = (OWN, FAST, "UniPC")
+REACHED = 0.06  # a method reaches a budget whose logarithm is at most so far off
+console = Console(stderr=True)
+
+
+@dataclass
+class Seeded(Runs):
+    """One seed of one model under one sampler. pool: compiled denoisers, which all seeds share."""
+
+    sampler: str = OWN
+    pool: dict[Any, ExchangeableDenoiser] = field(default_factory=dict)
+
+    def sampling(self) -> Any:
+        made = SAMPLERS[self.sampler](self.demo.scheduler())
+        made.set_timesteps(self.steps)
+        return made
+
+    def denoiser(self, setting: Setting, images: int) -> Any:
+        """Compiled once for all schedules of one structure."""
+        if setting.given is None:
+            return super().denoiser(setting, images)
+        key = structure(setting.given), setting.given.slots, setting.decide, images
+        known = self.pool.get(key)
+        if known is None:
+            options = Options(self.backend, self.steps, decide=setting.decide)  # type: ignore[arg-type]
+            known = ExchangeableDenoiser(self.demo.model, setting.given, options, self.example(images))
+            self.pool.clear()  # one at a time: settings of one method follow each other
+            self.pool[key] = known
+        known.exchange(setting.given)
+        known.prepare()
+        return known
+
+
+@dataclass
+class Study:
+    """One model under one sampler."""
+
+    model: str
+    sampler: str
+    options: argparse.Namespace
+
+    @cached_property
+    def runs(self) -> list[Seeded]:
+        """One for each seed, together at least as many samples as asked for."""
+        work = self.options.work / f"{self.model}-{''.join(c for c in self.sampler.lower() if c.isalnum())}"
+        each, pool = -(-self.options.samples // self.options.seeds), {}
+        batches = -(-each // self.options.batch)
+        batch = -(-each // batches)
+        found = []
+        for seed in range(self.options.seeds):
+            made = Seeded(
+                work / f"seed{seed}",
+                each,
+                self.options.steps,
+                batch,
+                torch.bfloat16,
+                self.options.backend,
+                self.model,
+                self.base,
+                seed,
+                self.sampler,
+                pool,
+            )
+            made.demo = found[0].demo if found else made.demo
+            found.append(made)
+        return found
+
+    @property
+    def base(self) -> Setting:
+        steps = self.options.steps
+        return Setting(UNCACHED, f"{steps} steps", steps=steps, reference=True, sampler=self.sampler)
+
+    @cached_property
+    def tuner(self) -> Tuner:
+        return Tuner(self.runs[0])
+
+    @cached_property
+    def neighbourhoods(self) -> Neighbourhoods:
+        return Neighbourhoods(self.runs[0].demo.reference_features)
+
+    @cached_property
+    def distance(self) -> FrechetDistance:
+        return FrechetDistance(self.runs[0].demo.reference_features)
+
+    def row(self, setting: Setting, **facts: Any) -> Record:
+        """A setting drawn from all seeds and scored: together, and each seed by itself."""
+        path = self.runs[0].work.parent / f"{setting.key}.json"
+        known, config = read_json(path), [runs.config(setting) for runs in self.runs]
+        made_for = {"samples": self.options.samples, "seeds": self.options.seeds, "steps": config[0]["steps"]}
+        made_for |= {"schedule": config[0]["schedule"]}
+        if known.get("made_for") != made_for:
+            known = {"made_for": made_for, **self._scored(setting)}
+            write_json(path, known)
+        found = {name: known[name] for name in ("ideal_speedup", "quality", "seeds")}
+        row = {"model": self.model, "sampler": self.sampler, "method": setting.method, "label": setting.label}
+        row |= {**facts, **found}
+        self.tell(row)
+        return row
+
+    def _scored(self, setting: Setting) -> Record:
+        demo, images, references, labels, seeds, flops = self.runs[0].demo, [], [], [], [], []
+        for runs in self.runs:
+            drawn = runs.images(setting)
+            own = drawn.images[: runs.samples]
+            images.append(own)
+            labels.append(runs.labels(0, runs.samples))
+            references.append(own if setting.reference else runs.reference)
+            flops.append([sum(batch[kind] for batch in drawn.batches) for kind in (0, 1)])
+            reference = None if setting.reference else references[-1]
+            found = score(own, labels[-1], demo.read, self.distance, reference)
+            seeds.append({name: estimate.value for name, estimate in found.items()})
+        reference = None if setting.reference else torch.cat(references)
+        joined = torch.cat(images), torch.cat(labels)
+        found = score(*joined, demo.read, self.distance, reference, self.neighbourhoods)
+        spent, full = (sum(entry[kind] for entry in flops) for kind in (0, 1))
+        return {"ideal_speedup": full / spent, "quality": {k: asdict(v) for k, v in found.items()}, "seeds": seeds}
+
+    def controls(self, budget: float) -> list[Record]:
+        """Fewer steps, with three samplers."""
+        steps, rows = round(self.options.steps / budget), []
+        for sampler in dict.fromkeys((self.sampler, *CONTROLS)):
+            setting = Setting(f"{UNCACHED}, {sampler}", f"{steps} steps", steps=steps, sampler=sampler)
+            rows.append(self.row(setting, budget=budget, kind="control"))
+        return rows
+
+    def contender(self, contender: Contender, budget: float) -> Record:
+        """A method at a budget, or why not."""
+        base = {"model": self.model, "sampler": self.sampler, "method": contender.method, "budget": budget}
+        try:
+            tuned = self.tuner.tuned(contender, budget)
+            off = abs(torch.tensor(tuned.speedup / budget).log().item())
+            if off > REACHED and not (contender.above and tuned.speedup > budget):
+                return base | {"kind": "out of reach", "nearest": tuned.speedup}
+            setting = Setting(
+                contender.method,
+                f"{budget:g}x",
+                sampler=self.sampler,
+                given=tuned.schedule,
+                decide=contender.decide,
+            )
+            kind = "ours" if contender.method == OURS else "published" if contender.published else "control"
+            return self.row(setting, budget=budget, kind=kind, knob=tuned.knob)
+        except (*NOT_APPLICABLE, CalibrationError) as error:
+            return base | {"kind": "not applicable", "why": " ".join(str(error).split())}
+
+    def tell(self, row: Record) -> None:
+        quality = {name: Estimate.of(found) for name, found in row["quality"].items()}
+        psnr = f"{quality['psnr_db'].value:.2f} dB, " if "psnr_db" in quality else ""
+        text = f"{psnr}{quality['frechet'].value:.2f}, {100 * quality['accuracy'].value:.1f} %"
+        console.print(
+            f"{self.model}, {self.sampler}: {row['method']}, {row['label']}: {row['ideal_speedup']:.2f}x: {text}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def study(model: str, sampler: str, options: argparse.Namespace, write: Any) -> None:
+    """All methods and controls of one model under one sampler, method by method."""
+    made = Study(model, sampler, options)
+    write(made.row(made.base, budget=1.0, kind="reference"))
+    for contender in chosen(options.methods):
+        for budget in options.budgets:
+            write(made.contender(contender, budget))
+    for budget in options.budgets:
+        for row in made.controls(budget):
+            write(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(DEMOS), choices=list(DEMOS))
+    parser.add_argument(
+        "--samplers", nargs="*", default=[], choices=list(SAMPLERS), help="those of each model, if none"
+    )
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--methods", nargs="*", default=[], help="these and ours only")
+    parser.add_argument("--samples", type=int, default=1000, help="of all seeds together")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=125, help="at most so many images are drawn together")
+    parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--out", type=Path, default=RESULTS / "fidelity.json")
+    options = parser.parse_args()
+    same = {name: getattr(options, name) for name in ("samples", "seeds", "steps", "backend")} | {"dtype": "bfloat16"}
+    known = read_json(options.out)
+    rows = (
+        {key_of(row): row for row in known.get("rows", [])} if all(known.get(k) == v for k, v in same.items()) else {}
+    )
+
+    def write(row: Record) -> None:
+        rows[key_of(row)] = row
+        write_json(options.out, {**same, "rows": list(rows.values())})
+
+    for model in options.models:
+        for sampler in options.samplers or USED[model]:
+            study(model, sampler, options, write)
+    data = read_json(options.out)
+    options.out.with_suffix(".md").write_text(markdown(data))
+    pictures(data, options.out.parent)
+    Console(width=None if sys.stdout.isatty() else 170).print(markdown(data), markup=False, highlight=False)
+
+
+def key_of(row: Record) -> tuple[Any, ...]:
+    """What a row is of."""
+    return row["model"], row["sampler"], row["method"], row["budget"]
+
+
+if __name__ == "__main__":
+    main()

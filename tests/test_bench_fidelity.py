@@ -1,0 +1,155 @@
+"""`bench.fidelity`: methods tuned to budgets, rows that survive an interruption, and what the report says of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import fidelity
+from bench.fidelity_methods import FEW, OURS, Contender, Tuner, chosen, contenders, respaced, spaced
+from bench.fidelity_report import markdown, pictures, verdict
+from bench.method_runs import Record, read_json
+from diffcache_fx import Mask, RegionError, compile_with_cache, schedules
+from diffcache_fx.measure import executed_flops
+
+from .toy import MODEL, STEPS, sampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def toy_draw(denoiser: Any, labels: torch.Tensor, seed: int, **_: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return sampler(denoiser, seed)
+
+
+@pytest.fixture
+def tuner(tmp_path: Path) -> Tuner:
+    demo = SimpleNamespace(model=MODEL, num_classes=10, draw=toy_draw)
+    runs = SimpleNamespace(
+        demo=demo,
+        model="digits",
+        backend="eager",
+        steps=STEPS,
+        dtype=torch.float32,
+        work=tmp_path,
+        sampling=lambda: None,
+        example=lambda images: ((torch.zeros(24, 16), torch.tensor(1.0)), {}),
+    )
+    return Tuner(runs)
+
+
+def test_refreshes_are_spaced() -> None:
+    assert [step for step, bit in enumerate(spaced(5, 12, 2)) if bit] == [0, 1, 4, 7, 9]
+    for count in range(1, 13):
+        assert sum(spaced(count, 12, 3)) == count
+    made = respaced(schedules.taylor_seer(3, 2), 5, 12)
+    assert made.warm_up == 1
+    assert isinstance(made.rules[0].guard, Mask)
+    assert made.rules[0].forecast == schedules.taylor_seer(3, 2).rules[0].forecast
+
+
+def test_names() -> None:
+    names = [contender.method for contender in contenders()]
+    assert len(set(names)) == len(names)
+    assert names[0] == OURS
+    assert [contender.method for contender in chosen(["fora"])] == [OURS, "fora"]
+    with pytest.raises(ValueError, match="no method is called 'forra'"):
+        chosen(["forra"])
+
+
+# They cache attention and feed-forward layers, or what lies below a skip connection: the toy has neither.
+LAYERS = ("fora", "taylor_seer, order 1", "taylor_seer, order 2", "hi_cache", "foca", "ab_cache", "cheb_booster")
+LAYERS += ("deep_cache", "pab", "t_gate", "smooth_cache")
+
+
+@pytest.mark.parametrize("contender", contenders(), ids=lambda contender: contender.method)
+def test_methods_come_as_near_to_a_budget_as_they_can(contender: Contender, tuner: Tuner) -> None:
+    """What was tuned costs what it says, on a model and noise of its own."""
+    if contender.method in LAYERS:
+        with pytest.raises(RegionError):
+            tuner.tuned(contender, 2.0)
+        return
+    found = tuner.tuned(contender, 2.0)
+    cached = compile_with_cache(MODEL, found.schedule, backend="eager", num_steps=STEPS, max_programs=None)
+    toy_draw(cached, torch.arange(FEW), 12)
+    spent = executed_flops(cached)
+    assert spent.full / spent.spent == pytest.approx(found.speedup, rel=0.02)
+    if contender.kind == "refreshes" and contender.method not in ("lemica",):
+        assert found.speedup == pytest.approx(2.0, rel=0.25)  # of twelve steps, one is eight hundredths
+    if contender.above:
+        assert found.speedup >= 2.0 * (1 - 1e-3)
+    assert tuner.tuned(contender, 2.0).schedule == found.schedule  # as kept
+    assert f"{contender.method} at 2x" in read_json(tuner.runs.work / "tuned.json")
+
+
+def row(method: str, kind: str, psnr: float, frechet: float, budget: float = 2.0) -> Record:
+    def estimate(value: float) -> Record:
+        return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+    quality = {"psnr_db": estimate(psnr), "frechet": estimate(frechet), "accuracy": estimate(0.9)}
+    seeds = [{"psnr_db": psnr + off, "frechet": frechet} for off in (-0.2, 0.2)]
+    base = {"model": "digits", "sampler": "DDIM", "method": method, "label": f"{budget:g}x", "budget": budget}
+    return base | {"kind": kind, "ideal_speedup": budget, "quality": quality, "seeds": seeds}
+
+
+ROWS = [
+    row("uncached", "reference", 96.0, 1.0, 1.0),
+    row(OURS, "ours", 40.0, 1.35),
+    row("fora", "published", 39.7, 1.5),
+    row("foca", "published", 35.0, 1.3),
+    row("uncached, DDIM", "control", 39.9, 1.1),
+    {"model": "digits", "sampler": "DDIM", "method": "pab", "budget": 2.0, "kind": "out of reach", "nearest": 1.2},
+    {"model": "digits", "sampler": "DDIM", "method": "t_gate", "budget": 2.0, "kind": "not applicable", "why": "no."},
+]
+DATA = {"samples": 10, "seeds": 2, "steps": 50, "dtype": "bfloat16", "rows": ROWS}
+
+
+def test_the_verdict() -> None:
+    found = verdict(ROWS, 2.0)
+    assert found is not None
+    assert (found["best"], found["met"], found["not_worse"]) == ("fora", False, True)
+    assert found["gain_db"] == pytest.approx(0.3)
+    assert found["gain_by_seed_db"] == pytest.approx([0.3, 0.3])
+    assert verdict(ROWS, 3.0) is None
+    better = [*ROWS[:1], row(OURS, "ours", 40.3, 1.45), *ROWS[2:]]
+    found = verdict(better, 2.0)
+    assert found is not None
+    assert (found["met"], found["not_worse"]) == (True, False)
+
+
+def test_the_report(tmp_path: Path) -> None:
+    text = markdown(DATA)
+    assert "| 2x | fora | +0.30 | +0.30, +0.30 | MISSED | 1.35, 1.30 (foca) | yes |" in text
+    assert text.index("**calibrated plan**") < text.index("uncached, DDIM") < text.index("| foca")
+    assert "Out of reach: pab (nearest 1.20x)." in text
+    assert "t_gate does not apply: no." in text
+    (picture,) = pictures(DATA, tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+LAST_BLOCK = "taylor_seer, order 1, last block"
+
+
+def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = argparse.Namespace(
+        samples=4, seeds=2, steps=6, batch=2, backend="eager", work=tmp_path, methods=[LAST_BLOCK], budgets=[2.0]
+    )
+    monkeypatch.setattr("bench.fidelity_methods.IMAGES", 2)
+    monkeypatch.setattr(fidelity, "CONTROLS", ("UniPC",))
+    rows: list[Record] = []
+    fidelity.study("digits", fidelity.OWN, options, rows.append)
+    assert [entry["kind"] for entry in rows] == ["reference", "ours", "published", "control", "control"]
+    for entry in rows[1:]:
+        assert {"psnr_db", "ssim", "accuracy", "frechet", "precision", "recall"} <= set(entry["quality"])
+        assert len(entry["seeds"]) == 2
+        assert entry["ideal_speedup"] == pytest.approx(2.0, rel=0.3)  # of six steps
+    monkeypatch.setattr(fidelity.Seeded, "draw", lambda *_: pytest.fail("drawn again"))
+    again: list[Record] = []
+    fidelity.study("digits", fidelity.OWN, options, again.append)
+    assert json.loads(json.dumps(rows)) == again
