@@ -23,6 +23,7 @@ from diffcache_fx import (
     Blocks,
     CacheSchedule,
     Calibration,
+    CalibrationError,
     Linear,
     Mask,
     Modules,
@@ -50,8 +51,8 @@ Made = Callable[["Tuner", Knob], CacheSchedule]
 @dataclass(frozen=True)
 class Contender:
     """make: the schedule for a value of the knob. kind: "refreshes" (a whole number of steps), "threshold" (the larger
-    the faster), or "whole" (of `values`). decide: as in `compile_with_cache`. above: the budget is a bound, and the
-    setting nearest above it counts."""
+    the faster), "whole" (of `values`), or the "budget" itself. decide: as in `compile_with_cache`. above: the budget is
+    a bound, and the setting nearest above it counts."""
 
     method: str
     make: Made
@@ -89,7 +90,7 @@ def contenders() -> list[Contender]:
     """Ours first, then the published ones, then the trunk held at even intervals, as a control."""
     linear = Linear()
     return [
-        Contender(OURS, lambda tuner, count: tuner.calibrated(int(count)), above=True),
+        Contender(OURS, lambda tuner, budget: tuner.calibrated(budget), "budget", above=True),
         _even("fora", lambda: schedules.fora(3)),
         _even("taylor_seer, order 1", lambda: schedules.taylor_seer(3, 1)),
         _even("taylor_seer, order 2", lambda: schedules.taylor_seer(3, 2)),
@@ -156,10 +157,20 @@ class Tuner:
 
     # --- what methods want to know of the model ----------------------------------------------------------------------
 
+    def calibration(self, regions: Trunk) -> Calibration:
+        if regions not in self._calibrations:
+            self._calibrations[regions] = Calibration(
+                self.runs.demo.model,
+                self.sampler(IMAGES, CALIBRATED_ON),
+                regions=regions,
+                longest=LONGEST,
+                backend=self.runs.backend,
+            )
+        return self._calibrations[regions]
+
     @cached_property
-    def calibration(self) -> Calibration:
-        model, backend = self.runs.demo.model, self.runs.backend
-        return Calibration(model, self.sampler(IMAGES, CALIBRATED_ON), longest=LONGEST, backend=backend)
+    def _calibrations(self) -> dict[Trunk, Calibration]:
+        return {}
 
     def recording(self, regions: Any, storage: str) -> Recording:
         key = repr((regions, storage))
@@ -179,8 +190,19 @@ class Tuner:
         few = Calibration(self.runs.demo.model, self.sampler(2, CALIBRATED_ON), backend=self.runs.backend)
         return fitting.segment_errors(few)
 
-    def calibrated(self, refreshes: int) -> CacheSchedule:
-        return self.calibration.schedule(self.calibration.best(refreshes))
+    def calibrated(self, budget: float) -> CacheSchedule:
+        """With the trunk cached from its first block on, or from its second, whichever comes nearer to the uncached
+        samples of the calibration."""
+        found = []
+        for regions in (Trunk(first=1), Trunk(first=0)):
+            work = self.calibration(regions)
+            able = [count for count in range(work.least, work.steps + 1) if work.ideal(count) >= budget]
+            if able:
+                plan = work.best(max(able))
+                found.append((work.moved(plan), work.schedule(plan)))
+        if not found:
+            raise CalibrationError(f"{budget:g}x is out of reach")
+        return min(found, key=lambda entry: entry[0])[1]
 
     def learned(self, refreshes: int) -> CacheSchedule:
         bits = spaced(refreshes, self.runs.steps, 1)
@@ -241,7 +263,9 @@ class Tuner:
                 tried[knob] = Tuned(schedule, knob, self.speedup(contender, schedule))
             return tried[knob].speedup
 
-        if contender.kind == "whole":
+        if contender.kind == "budget":
+            speedup(budget)
+        elif contender.kind == "whole":
             for value in contender.values:
                 speedup(value)
         elif contender.kind == "refreshes":

@@ -132,7 +132,7 @@ def demo(
     with one_sentence():
         from .demo import run
 
-        schedules = named(schedule or list(run.DEFAULT_SCHEDULES))
+        schedules = named(schedule) if schedule else run.default_schedules(model, steps)
         with bars() as told:
             found = run.run_demo(schedules, out, name=model, steps=steps, images=images, backend=backend, progress=told)
         console.print(found.table())

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffcache_fx.arguments import parse_schedule
 from diffcache_fx.comparison import Comparison, Denoiser, Progress, compare, image_fidelity
 from diffcache_fx.models import Call, load_demo
 from diffcache_fx.schedule import CacheSchedule
@@ -26,6 +27,8 @@ DEFAULT_SCHEDULES = (
     "fora:interval=3",
 )
 TABLE, DATA = "table.md", "table.json"
+# MODEL-STEPS-steps.json, made by `diffcache-fx calibrate MODEL --steps STEPS --speedup 2.3`.
+_SHIPPED = Path(__file__).parent
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error
@@ -78,6 +81,14 @@ class Digits:
         read, _ = self.demo.read(torch.cat(outputs))
         wanted = torch.tensor(self.demo.shown).repeat(len(outputs))
         return {**image_fidelity(outputs, reference), "accuracy": float((read == wanted).float().mean())}
+
+
+def default_schedules(name: str, steps: int) -> dict[str, CacheSchedule]:
+    """What a demo shows when it is asked for nothing else; with the schedule calibrated for this model and number of
+    steps first, where one is shipped."""
+    path = _SHIPPED / f"{name}-{steps}-steps.json"
+    calibrated = {"calibrated": CacheSchedule.from_pretrained(path)} if path.exists() else {}
+    return calibrated | {text: parse_schedule(text) for text in DEFAULT_SCHEDULES}
 
 
 def run_demo(
