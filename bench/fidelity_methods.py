@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.method_runs import read_json, write_json
+from bench.method_runs import Record, read_json, write_json
 from bench.method_settings import EVEN
 from diffcache_fx import (
     Blocks,
@@ -33,12 +33,14 @@ from diffcache_fx import (
     Sublayers,
     Taylor,
     Trunk,
+    __version__,
     fitting,
     schedules,
 )
 from diffcache_fx.compile import Options
 from diffcache_fx.exchange import ExchangeableDenoiser
 from diffcache_fx.measure import executed_flops
+from diffcache_fx.provenance import hash_of_weights
 
 OURS = "calibrated plan"
 CALIBRATED_ON, IMAGES = 11, 20  # a seed that no scored image has, and samples of it
@@ -177,7 +179,7 @@ class Tuner:
         if key not in self._recordings:
             rules = [(entry, storage) for entry in (regions if isinstance(regions, tuple) else (regions,))]
             recorder = RecordingDenoiser(self.runs.demo.model, rules, backend="eager")
-            self.sampler(FEW, CALIBRATED_ON)(recorder, 0)
+            self.sampler(IMAGES, CALIBRATED_ON)(recorder, 0)
             self._recordings[key] = recorder.recording()
         return self._recordings[key]
 
@@ -215,7 +217,7 @@ class Tuner:
         return schedules.mask(bits, regions=Trunk(first=0), forecast=Taylor(2), storage="value")
 
     def minimax(self, refreshes: int) -> CacheSchedule:
-        return schedules.mask(fitting.minimax_plan(self._segments, refreshes), storage="residual")
+        return schedules.mask(fitting.minimax_plan(self._segments, refreshes), regions=Trunk(first=0))
 
     def broadcast(self, every: int) -> CacheSchedule:
         """With cross-attention over three times the range, where there is any (pyramid: 2 and 6 in the paper)."""
@@ -245,14 +247,23 @@ class Tuner:
     def tuned(self, contender: Contender, budget: float) -> Tuned:
         """The setting nearest to a budget; kept. Raises ScheduleError, RegionError or CalibrationError where the method
         does not apply to the model."""
-        path = self.runs.work / "tuned.json"
+        path, made_for = self.runs.work / "tuned.json", self.made_for
         known, key = read_json(path), f"{contender.method} at {budget:g}x"
+        if known.get("made_for") != made_for:
+            known = {"made_for": made_for}
         if key not in known:
             found = self._search(contender, budget)
-            known = read_json(path) | {key: {**vars(found), "schedule": found.schedule.to_dict()}}
+            known |= {key: {**vars(found), "schedule": found.schedule.to_dict()}}
             write_json(path, known)
         entry = known[key]
         return Tuned(CacheSchedule.from_dict(entry["schedule"]), entry["knob"], entry["speedup"])
+
+    @cached_property
+    def made_for(self) -> Record:
+        """What settings were tuned for."""
+        runs = self.runs
+        facts = {"steps": runs.steps, "dtype": str(runs.dtype), "weights": hash_of_weights(runs.demo.model)}
+        return facts | {"images": IMAGES, "tuned_on": FEW, "longest": LONGEST, "version": __version__}
 
     def _search(self, contender: Contender, budget: float) -> Tuned:
         tried: dict[float, Tuned] = {}

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffcache_fx.export.backends import check_backend
 from diffcache_fx.passes.compare import FORECAST, FORECAST_SQUARE, FRESH, FRESH_SQUARE, PRODUCT
 from diffcache_fx.passes.correct import constant_name
 
@@ -91,8 +92,9 @@ class Trained:
     def learn(self, step: int, moments: Moments) -> None:
         if not moments or self.done == self.iterations:
             return
-        with torch.enable_grad():
-            loss = torch.stack([self._loss(step, name, found.float().cpu()) for name, found in moments.items()]).sum()
+        with torch.inference_mode(False), torch.enable_grad():
+            seen = {name: found.float().cpu().clone() for name, found in moments.items()}
+            loss = torch.stack([self._loss(step, name, found) for name, found in seen.items()]).sum()
             self._adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         self._adam.step()
@@ -139,6 +141,11 @@ class _AligningDriver(Driver):
         state: CacheState,
         users: Mapping[int, Tensor],
     ) -> tuple[list[Tensor], Decision]:
+        if place.refining:
+            raise CalibrationError(
+                "corrections are fitted to runs that call the model once at each timestep, and this sampler refines: "
+                "take one that does not, or a schedule without corrections"
+            )
         key = steps.choice.serve(allowed, steps.weight)
         rows = self._rows(steps, key, state, place.position, {}) if key else None
         feed = Feed(users, rows=rows, moment=self._moment(steps, place))
@@ -184,9 +191,13 @@ class _Aligning(CachedDenoiser):
         return run
 
     def captured(self) -> Captured:
-        found = self._captured()
-        assert found is not None
-        return found
+        known = self._signatures.every()
+        if len(known) != 1:
+            raise CalibrationError(
+                f"the sampler calls the denoiser in {len(known)} different ways (tensors of other sizes, other "
+                "arguments), and corrections are fitted to one: make its calls alike"
+            )
+        return known[0].captured
 
     def tables(self) -> dict[str, Tensor]:
         """By "region/index", the table in use; what is written there takes effect at the next step."""
@@ -215,7 +226,7 @@ def fit_scale_shift(
     model, sampler: as in `Calibration`; sampler(denoiser, seed) draws one batch, of 32 samples, say. schedule: one
     whose decisions are known ahead. num_steps: of a generation, where the schedule does not say. generations: how many
     batches are drawn. options: seed, backend ("eager": little is run), max_programs (None: each row of the plan has its
-    program), describe, progress.
+    program; compile the result alike, since merged rows reuse values of another age), describe, progress.
 
     Raises CalibrationError for a schedule that decides as it runs, or whose number of steps is not known.
     """
@@ -321,10 +332,19 @@ def _prepared(
     if steps is None:
         raise CalibrationError("corrections are made for a number of steps: pass num_steps=")
     check_count("num_steps", steps, 2, None)
+    check_backend(backend, backend_options)
+    if backend == "torch_tensorrt":
+        raise CalibrationError(
+            "corrections cannot be fitted in TensorRT engines, which keep the tables they were built with: fit with "
+            "backend='eager' or 'inductor', then compile with the result"
+        )
     denoiser, sample = within(model, sampler)
+    if schedule.made_for is not None:
+        schedule.made_for.check_model(denoiser)
+        schedule.made_for.check_steps(steps)
     blank = tuple(dataclasses.replace(rule, correction=ScaleShift(steps)) for rule in schedule.rules)
     options = Options(backend, steps, max_programs=max_programs, backend_options=backend_options, compare=True)
-    aligning = _Aligning(denoiser, dataclasses.replace(schedule, rules=blank, made_for=None), options)
+    aligning = _Aligning(denoiser, dataclasses.replace(schedule, rules=blank), options)
     told = progress or (lambda stage, done, total: None)
     made = _Prepared(aligning, sample, steps, seed, told, describe, schedule)
     told("record", 0, 1)

@@ -43,10 +43,13 @@ class Calibration:
     sampler: called as sampler(denoiser, seed), or sampler(pipeline, seed): one generation with noise that depends on
         the seed alone; returns the final samples [N, ...]. An error target wants twenty of them: with
         fewer, the worst has to meet it.
-    regions, storage: as in `Rule`; they are refreshed and reused together. history: refreshed values that a forecast
-    sees, 1 to 3. longest: most reuses in a row. warm_up: steps at the start that refresh. memory_cap: most bytes of
-    cache for one guidance branch; shortens the history. probes: steps at which the way of an error to the final sample
-    is measured, each for a generation. describe: the sampler in words, for messages. progress: told of each stage.
+    regions, storage: as in `Rule`; they are refreshed and reused together. The whole trunk by default: what its first
+        block would cost at every step is better spent on refreshes, where forecasts are fitted.
+    history: refreshed values that a forecast sees, 1 to 3. longest: most reuses in a row. warm_up: steps at the start
+        that refresh.
+    memory_cap: most bytes of cache for one guidance branch; shortens the history.
+    probes: steps at which the way of an error to the final sample is measured, each for a generation.
+    describe: the sampler in words, for messages. progress: told of each stage.
 
     Raises CalibrationError, naming what cannot be met.
     """
@@ -73,7 +76,7 @@ class Calibration:
             check_count(name, value, 1, most)
         check_count("probes", probes, 2, None)
         self.model, self._sample = within(model, sampler)
-        self.regions, self.storage = regions or Trunk(), storage
+        self.regions, self.storage = regions or Trunk(first=0), storage
         self.longest, self.warm_up, self.seed = longest, warm_up, seed
         self.backend, self.backend_options = backend, backend_options
         self.told = progress or (lambda stage, done, total: None)

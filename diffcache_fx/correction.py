@@ -21,7 +21,8 @@ class ScaleShift:
 
     Block Caching (Wimbauer et al., CVPR 2024): what a cached block hands on is aligned with what it would compute.
     There both are a linear map of the timestep's embedding, which over a run's steps is a table, as here. Of what is
-    stored as a residual, the residual is corrected. Channels lie in the second axis of images, in the last of tokens.
+    stored as a residual, the residual is corrected. Channels are taken to lie in the second axis of values of four axes
+    or more, in the last of others.
 
     steps: of a run; later ones take the last row. channels: of each corrected value, in the order of the rule's regions
     and of their cuts. data: float32, base64: for each value a table [steps, 2, channels], scale before shift. Without

@@ -270,7 +270,8 @@ class Driver:
             group = steps.groups[region.name]
             by_group[group] = by_group.get(group, False) or region.name not in allowed
         reused = frozenset(r.name for r in steps.regions if not by_group[steps.groups[r.name]])
-        feed = Feed(users, moment=self._moment(steps, place))
+        needed = bool(self.schedule.adaptive) or any(self.schedule.corrections)
+        feed = Feed(users, moment=self._moment(steps, place) if needed else None)
         if self.schedule.adaptive:
             return self._run_deciding(steps, place, reused, reason, state, feed)
         feed.rows = self._rows(steps, reused, state, place.position, {})

@@ -26,7 +26,7 @@ def structure(schedule: CacheSchedule) -> Hashable:
             names = [entry.name for entry in dataclasses.fields(rule.guard) if entry.name not in _NUMBERS]
             guard = type(rule.guard).__name__, tuple((name, getattr(rule.guard, name)) for name in names)
         rules.append((rule.regions, rule.storage, rule.share, rule.correction, guard))
-    return tuple(rules), schedule.memory_cap, schedule.branch is not None
+    return tuple(rules), schedule.memory_cap, schedule.branch and schedule.branch.radius
 
 
 class ExchangeableDenoiser(CachedDenoiser):
@@ -34,7 +34,7 @@ class ExchangeableDenoiser(CachedDenoiser):
 
     def exchange(self, schedule: CacheSchedule) -> None:
         """Follow another schedule, from the next generation on, in all threads. Raises ScheduleError where its programs
-        would be others."""
+        would be others or it does not fit the run, and CalibrationError where it was made for another."""
         own = self._own
         built = own.setdefault("built", own["schedule"])
         deeper = any(
@@ -46,6 +46,7 @@ class ExchangeableDenoiser(CachedDenoiser):
                 f"the schedule {schedule.name!r} needs other programs than {built.name!r}: it caches or measures "
                 "something else, looks back further, or is part of the graph; compile the model with it"
             )
+        own["signatures"].check(schedule)
         own["schedule"] = schedule
         own["signatures"].exchange(schedule)
         own["local"] = threading.local()

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from .calling import autocast_state, is_number, leaf_key, number_tensor, quick_flatten, rank_key
-from .compile import Captured, Options
+from .compile import Captured, Options, user_shapes
 from .errors import CallError, StaleProgramError
 from .parameters import difference, fingerprint
 from .passes.reach import latent_input, timestep_input
+from .plan import Plan
 from .program import InputKind
 from .recognition import Arguments
 from .schedule import CacheSchedule
@@ -178,11 +179,29 @@ class Signatures:
                 self.compilations += signature.captured.programs_compiled - before
         return found
 
+    def check(self, schedule: CacheSchedule) -> None:
+        """Raises ScheduleError or CalibrationError where a schedule does not fit the model, the run or its calls."""
+        steps, made_for = self.options.num_steps, schedule.made_for
+        if made_for is not None:
+            made_for.check_model(self.module)
+            if steps is not None:
+                made_for.check_steps(steps)
+        for signature in self.every():
+            program = signature.captured.program
+            if made_for is not None:
+                made_for.check_shapes(user_shapes(program))
+            if steps is not None or not schedule.needs_num_steps():
+                Plan(schedule, program.regions, steps)
+
+    def every(self) -> list[Signature]:
+        """All signatures that are known."""
+        return [signature for known in self._known.values() for signature in known]
+
     def exchange(self, schedule: CacheSchedule) -> None:
         """Let all signatures follow another schedule, which needs the same programs."""
         with self._lock:
             self._followed = schedule
-            for signature in (entry for known in self._known.values() for entry in known):
+            for signature in self.every():
                 signature.captured.exchange(schedule)
 
     def latest(self) -> Signature | None:

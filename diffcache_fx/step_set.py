@@ -26,7 +26,8 @@ class Feed:
     """What a call of a program takes beside weights and cache state.
 
     users: the caller's tensors, by leaf. rows: forecast weights [regions, slots]. predicates: by group. live: what the
-    probe program handed on, by node. kept: what guards keep, by target. force, moment: for guards in the graph.
+    probe program handed on, by node. kept: what guards keep, by target. force: for guards in the graph. moment: for
+    these, and for corrections.
     """
 
     users: Mapping[int, torch.Tensor]

@@ -45,7 +45,8 @@ def to_triton_repository(
     state). gpu: run instances on GPUs. idle_seconds: how long a sequence may wait for its next call.
 
     A client sends, with each step, the model's own arguments and what the manifest says of it: the predicates and rows
-    of a plan (`control.plan`), or `force` (1 at the first step, else 0) and `moment` for a guard that decides inside.
+    of a plan (`control.plan`), or `force` (1 at the first step, else 0) for a guard that decides inside; for that and
+    for a corrected schedule `moment`: the step's number, and the share of the run that it completes.
     The manifest is put beside the configuration. Raises ExportError, BundleError.
     """
     folder = Path(bundle)

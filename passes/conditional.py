@@ -87,7 +87,8 @@ def movable(operands: Sequence[fx.Node]) -> frozenset[fx.Node]:
 def _may_move(example: object) -> bool:
     if not isinstance(example, torch.Tensor):
         return False
-    return memory_order(example) is not None or (example.dim() >= 4 and example.is_contiguous())
+    plain = all(isinstance(size, int) for size in example.shape)  # sizes that vary would be read inside the branch
+    return memory_order(example) is not None or (plain and example.dim() >= 4 and example.is_contiguous())
 
 
 def _order(example: torch.Tensor) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 
 from diffcache_fx import CacheSchedule, compile_with_cache, schedules
 from diffcache_fx.alignment import embedding, fit_scale_shift, train_scale_shift
-from diffcache_fx.errors import CalibrationError
+from diffcache_fx.errors import CacheError, CalibrationError
 
 from .toy import MODEL, STEPS, Denoiser, sampler
 
@@ -93,3 +93,34 @@ class TestRefusals:
     def test_nothing_to_align(self) -> None:
         with pytest.raises(CalibrationError, match="reuses nothing"):
             train_scale_shift(MODEL, sampler, schedules.mask([1] * STEPS))
+
+    def test_what_it_was_made_for_stays(self, fitted: CacheSchedule) -> None:
+        other = Denoiser().eval()
+        other.head.weight.data.mul_(2.0)
+        with pytest.raises(CalibrationError, match="other weights"):
+            fit_scale_shift(other, sampler, fitted)
+
+    def test_options_and_backends(self) -> None:
+        with pytest.raises(CacheError, match="nonsense"):
+            fit_scale_shift(MODEL, sampler, PLAN, nonsense=True)
+        with pytest.raises(CalibrationError, match="keep the tables"):
+            fit_scale_shift(MODEL, sampler, PLAN, backend="torch_tensorrt")
+
+    def test_calls_of_several_kinds(self) -> None:
+        def uneven(denoiser: Any, seed: int) -> torch.Tensor:
+            for samples in (2, 3):
+                for step in range(STEPS):
+                    out = denoiser(torch.zeros(samples, 16), torch.tensor(1.0 - step / STEPS))
+            return out
+
+        with pytest.raises(CalibrationError, match=r"corrections are for 12|different ways"):
+            fit_scale_shift(MODEL, uneven, PLAN)
+
+
+def test_a_sampler_in_inference_mode() -> None:
+    def inferring(denoiser: Any, seed: int) -> torch.Tensor:
+        with torch.inference_mode():
+            return sampler(denoiser, seed)
+
+    made = train_scale_shift(MODEL, inferring, PLAN, iterations=5)
+    assert made.rules[0].correction != PLAN.rules[0].correction

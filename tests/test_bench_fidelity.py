@@ -125,7 +125,7 @@ def test_the_verdict() -> None:
 
 def test_the_report(tmp_path: Path) -> None:
     text = markdown(DATA)
-    assert "| 2x | fora | +0.30 | +0.30, +0.30 | MISSED | 1.35, 1.30 (foca) | yes |" in text
+    assert "| 2x | fora | +0.30 | +0.30, +0.30 | MISSED | 1.35, 1.30 (foca) | no |" in text
     assert text.index("**calibrated plan**") < text.index("uncached, DDIM") < text.index("| foca")
     assert "Out of reach: pab (nearest 1.20x)." in text
     assert "t_gate does not apply: no." in text
@@ -146,7 +146,8 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
     fidelity.study("digits", fidelity.OWN, options, rows.append)
     assert [entry["kind"] for entry in rows] == ["reference", "ours", "published", "control", "control"]
     for entry in rows[1:]:
-        assert {"psnr_db", "ssim", "accuracy", "frechet", "precision", "recall"} <= set(entry["quality"])
+        assert ("psnr_db" in entry["quality"]) == ("UniPC" not in entry["method"])
+        assert {"accuracy", "frechet", "precision", "recall"} <= set(entry["quality"])
         assert len(entry["seeds"]) == 2
         assert entry["ideal_speedup"] == pytest.approx(2.0, rel=0.3)  # of six steps
     monkeypatch.setattr(fidelity.Seeded, "draw", lambda *_: pytest.fail("drawn again"))

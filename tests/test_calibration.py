@@ -247,13 +247,15 @@ def test_segments_are_measured_one_by_one(calibration: Calibration) -> None:
     finite = [(first, end) for first in range(STEPS) for end in range(first + 1, min(first + 3, STEPS) + 1)]
     assert sorted(map(tuple, np.argwhere(np.isfinite(errors)).tolist())) == finite
     bits = [step not in (5, 6) for step in range(STEPS)]
-    held = schedules.mask(bits, regions=Trunk())
+    held = schedules.mask(bits, regions=Trunk(first=0))
     with torch.no_grad():
         moved = (drawn(held, 0) - sampler(MODEL, 0)).abs().mean()
     assert errors[4, 7] == pytest.approx(float(moved), rel=1e-3)
     plan = minimax_plan(errors, 6)
     assert sum(plan) == 6
-    assert mse(schedules.mask(plan, regions=Trunk()), 5) < mse(schedules.mask([1] * 6 + [0] * 6, regions=Trunk()), 5)
+    assert mse(schedules.mask(plan, regions=Trunk(first=0)), 5) < mse(
+        schedules.mask([1] * 6 + [0] * 6, regions=Trunk(first=0)), 5
+    )
 
 
 def test_progress_is_told() -> None:

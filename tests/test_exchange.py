@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from diffcache_fx import CacheSchedule, Hold, Linear, ScheduleError, Trunk, compile_with_cache, schedules
+from diffcache_fx import (
+    CacheSchedule,
+    CalibrationError,
+    Hold,
+    Linear,
+    ScheduleError,
+    Trunk,
+    compile_with_cache,
+    fit_scale_shift,
+    schedules,
+)
 from diffcache_fx.compile import Options
 from diffcache_fx.exchange import ExchangeableDenoiser
 
-from .toy import MODEL, STEPS, sampler
+from .toy import MODEL, STEPS, Denoiser, sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,3 +102,20 @@ def test_other_programs_are_refused(other: CacheSchedule) -> None:
 def test_a_threshold_inside_the_graph_stays() -> None:
     with pytest.raises(ScheduleError, match="part of the graph"):
         denoiser(schedules.first_block_cache(0.05), decide="graph").exchange(schedules.first_block_cache(0.1))
+
+
+class TestWhatDoesNotFit:
+    def test_a_mask_of_another_length(self) -> None:
+        cached = denoiser(schedules.interval(2))
+        drawn(cached)
+        with pytest.raises(ScheduleError, match="covers 6 steps and the run has 12"):
+            cached.exchange(schedules.mask([1, 0] * 3))
+        assert torch.equal(drawn(cached), drawn(denoiser(schedules.interval(2))))
+
+    def test_a_schedule_of_another_model(self) -> None:
+        other = Denoiser().eval()
+        other.head.weight.data.mul_(2.0)
+        made = fit_scale_shift(other, sampler, schedules.mask([1, 0] * 6))
+        rule = dataclasses.replace(made.rules[0], correction=None)
+        with pytest.raises(CalibrationError, match="other weights"):
+            denoiser(schedules.interval(2)).exchange(dataclasses.replace(made, rules=(rule,)))

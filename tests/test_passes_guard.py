@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffcache_fx.passes.guard import InsertGuards, group_name
@@ -179,3 +181,42 @@ def test_outputs_that_share_memory(apart: bool) -> None:
         expected = run(Specialize(reused)(base), net, [X, T], old)
         got = run(guarded, net, [X, T], old, None, {"b1": choice})
         assert equal(got.outputs, expected.outputs)
+
+
+class Images(nn.Module):
+    """Convolutions, each added to what enters it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Convolution() for _ in range(3))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        sample = sample * (1 + timestep)
+        for block in self.blocks:
+            sample = block(sample)
+        return sample
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.inner(x))
+
+
+@pytest.mark.parametrize("dynamic", [False, "batch"])
+def test_images_in_any_batch(dynamic: Any) -> None:
+    """Sizes that vary are not read inside a branch."""
+    model, plan = Images().eval(), [[1] * 3, [0, 1, 0], [0, 0, 1]]
+    schedule = schedules.block_cache(plan)
+    for batch in (2, 3) if dynamic else (2,):
+        host, graph = (
+            compile_with_cache(model, schedule, backend="eager", decide=decide, dynamic=dynamic, max_programs=None)
+            for decide in ("host", "graph")
+        )
+        for step in range(3):
+            call = torch.randn(batch, 4, 8, 8) + step, torch.tensor(1.0 - 0.1 * step)
+            torch.testing.assert_close(graph(*call), host(*call))

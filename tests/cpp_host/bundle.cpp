@@ -164,7 +164,7 @@ at::Tensor Bundle::split(const Tensors& arguments) {
   Results early = run("probe", arguments, {});
   live_ = early["live"];
   const bool fresh = refresh(early["signal"].at("0/change").item<double>());
-  Results results = run(fresh ? "refresh" : "reuse", arguments, {});
+  Results results = run(fresh ? "refresh" : "reuse", arguments, {{"moment", moment()}});
   std::map<std::string, long> slots;
   for (const auto& region : manifest_["regions"].array()) slots[region["name"].text()] = 0;
   store(results["state"], slots);
