@@ -163,7 +163,7 @@ class Calibration:
         """Of the plans with so many refreshes that trust the linear picture more or less, the one that comes nearest to
         the uncached samples, as tried."""
         others = [self.planner.steadier(s).plan(refreshes) for s in TRIED if s != self.planner.steadiness]
-        return min([self.plan(refreshes), *others], key=self.moved)
+        return min([self.plan(refreshes), *others, self.planner.drafted(refreshes)], key=self.moved)
 
     def tried(self, plan: Planned, seed: int, replay: bool = True) -> Tensor:
         """The samples of a generation under a plan. replay: without computing again what is known of the uncached one;

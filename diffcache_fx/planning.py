@@ -69,6 +69,11 @@ class Planner(Filling):
             waiting = [self._shifted, self._exchanged] if better else waiting[1:]
         return self.filled(found)
 
+    def drafted(self, refreshes: int) -> Planned:
+        """The plan of dynamic programming as it is: what moving its refreshes gains under E may be lost where errors
+        are too large for the linear picture."""
+        return self.filled(self.selected(refreshes))
+
     def _shifted(self, refreshes: tuple[int, ...], index: int) -> Iterator[tuple[int, ...]]:
         """One refresh, or all from it on, a little earlier or later."""
         before, step, after = refreshes[:index], refreshes[index], refreshes[index + 1 :]

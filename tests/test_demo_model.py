@@ -17,6 +17,7 @@ from diffcache_fx.demo import digits
 from diffcache_fx.demo.demo import Demo
 from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.demo.files import build, read_tensors
+from diffcache_fx.demo.run import DEFAULT_SCHEDULES, default_schedules
 from diffcache_fx.demo.sampling import generate, image_grid, initial_noise, sample_generators
 
 
@@ -200,3 +201,13 @@ def test_grid() -> None:
     assert grid.dtype == torch.uint8
     assert grid[5:, :4].unique().tolist() == [255]
     assert int(grid.float().sum()) == 255 * 16
+
+
+def test_the_shipped_schedule_is_of_the_shipped_model(demo: Demo) -> None:
+    found = default_schedules("digits", 50)["calibrated"]
+    assert found.made_for is not None
+    found.made_for.check_model(demo.model)
+    scheduler = demo.scheduler()
+    scheduler.set_timesteps(50)
+    assert list(found.made_for.timesteps) == [float(step) for step in scheduler.timesteps]
+    assert list(default_schedules("digits", 20)) == list(DEFAULT_SCHEDULES)
