@@ -15,6 +15,7 @@ from bench import fidelity
 from bench.fidelity_methods import FEW, OURS, Contender, Tuner, chosen, contenders, respaced, spaced
 from bench.fidelity_report import markdown, pictures, verdict
 from bench.method_runs import Record, read_json
+from bench.quality import Neighbourhoods
 from diffcache_fx import Mask, RegionError, compile_with_cache, schedules
 from diffcache_fx.measure import executed_flops
 
@@ -142,6 +143,8 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
     )
     monkeypatch.setattr("bench.fidelity_methods.IMAGES", 2)
     monkeypatch.setattr(fidelity, "CONTROLS", ("UniPC",))
+    # Of the real images a few: all distances between all of them take long.
+    monkeypatch.setattr(fidelity, "Neighbourhoods", lambda features: Neighbourhoods(features[:500]))
     rows: list[Record] = []
     fidelity.study("digits", fidelity.OWN, options, rows.append)
     assert [entry["kind"] for entry in rows] == ["reference", "ours", "published", "control", "control"]
