@@ -30,6 +30,7 @@ from diffcache_fx import (
     Recording,
     RecordingDenoiser,
     Rows,
+    ScheduleError,
     Sublayers,
     Taylor,
     Trunk,
@@ -314,8 +315,6 @@ class Tuner:
 
 
 def _exchanged(denoiser: ExchangeableDenoiser, schedule: CacheSchedule) -> bool:
-    from diffcache_fx import ScheduleError
-
     try:
         denoiser.exchange(schedule)
     except ScheduleError:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from diffcache_fx import CacheSchedule, compile_with_cache, schedules
-from diffcache_fx.alignment import embedding, fit_scale_shift, train_scale_shift
+from diffcache_fx.alignment import fit_scale_shift, train_scale_shift
 from diffcache_fx.errors import CacheError, CalibrationError
+from diffcache_fx.learners import embedding
 
 from .toy import MODEL, STEPS, Denoiser, sampler
 
@@ -122,5 +123,7 @@ def test_a_sampler_in_inference_mode() -> None:
         with torch.inference_mode():
             return sampler(denoiser, seed)
 
-    made = train_scale_shift(MODEL, inferring, PLAN, iterations=5)
-    assert made.rules[0].correction != PLAN.rules[0].correction
+    made = train_scale_shift(MODEL, inferring, PLAN, iterations=5).rules[0].correction
+    assert made is not None
+    blank = torch.tensor([1.0, 0.0])[:, None]
+    assert all(bool((table != blank).any()) for table in made.tables())
