@@ -3,9 +3,10 @@
 Wimbauer et al., CVPR 2024: the model as it is, in fewer steps at the same cost, with cached blocks, and with cached
 blocks whose outputs are scaled and shifted; two samplers, 20 and 50 steps. The threshold delta is the one that comes
 nearest to the paper's speed-ups where the model's transformer blocks are large enough for them. Scale and shift are
-fitted in closed form, and trained as published within a cap of iterations. Quality in bfloat16, FLOPs as executed.
+fitted in closed form, and trained as published within a cap of iterations. FLOPs as executed.
 --stage timing: latency of a generation of ten images, all rows of a configuration in turn in one run; leave the machine
-alone meanwhile. Writes `bench/results/block_caching.json` and `block_caching.md`; goes on where it was interrupted.
+alone meanwhile. Writes `bench/results/block_caching.json` and `block_caching.md`. An interrupted run goes on: rows of
+the same samples, data type and weights are kept, and what was drawn of others lies in the folder --work.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from diffcache_fx.demo.demo import Demo
 from diffcache_fx.fitting import block_plan
 from diffcache_fx.measure import interleaved
 from diffcache_fx.models import DEMOS, load_demo
+from diffcache_fx.provenance import hash_of_weights
 from diffcache_fx.selection import Selection
 
 FOLDER = Path(__file__).parent
@@ -69,7 +71,8 @@ class Configuration:
     def runs(self) -> Runs:
         sampler = "ddim" if self.sampler == SAMPLERS[0] else "dpm"
         work = self.options.work / f"{self.model}-{sampler}-{self.steps}"
-        made = Runs(work, self.options.samples, self.steps, self.options.batch, torch.bfloat16, model=self.model)
+        dtype = getattr(torch, self.options.dtype)
+        made = Runs(work, self.options.samples, self.steps, self.options.batch, dtype, model=self.model)
         made.compared = self.base
         return made
 
@@ -157,6 +160,17 @@ class Configuration:
         console.print(f"{self.title}: {name}: {cell(record)}", highlight=False)
         return {"row": name, "used": self.runs.calls(setting), **{k: record[k] for k in ("ideal_speedup", "quality")}}
 
+    @property
+    def made_for(self) -> Record:
+        """What rows must have been made for to be kept."""
+        found = {name: getattr(self.options, name) for name in ("samples", "iterations", "dtype")}
+        return found | {"weights": hash_of_weights(self.demo.model)}
+
+    def kept(self, known: dict[str, Record]) -> bool:
+        """Whether rows by name need not be made again."""
+        whole = all(known.get(name, {}).get("made_for") == self.made_for for name in ROWS)
+        return whole and (self.options.stage == "quality" or all("speedup" in known[name] for name in ROWS))
+
     def facts(self) -> Record:
         bits = self.fits["schedules"]["cache"]["rules"][0]["guard"]["bits"]
         return {
@@ -165,6 +179,7 @@ class Configuration:
             "steps": self.steps,
             "delta": round(self.fits["delta"], 2),
             "distinct_rows": len({tuple(row) for row in bits}),
+            "made_for": self.made_for,
         }
 
     def latencies(self, settings: dict[str, Setting]) -> dict[str, Record]:
@@ -206,11 +221,12 @@ def markdown(data: Record) -> str:
     head = (
         "Fréchet distance in classifier features [95 %], speed-up by executed FLOPs (measured), PSNR to the base, read"
     )
-    lines = ["# Block Caching, as Table 1 of its paper", "", f"{head} as asked; {data['samples']} samples.", ""]
+    lines = ["# Block Caching, as Table 1 of its paper", "", f"{head} as asked.", ""]
     lines += ["| | " + " | ".join(ROWS) + " |", "|" + "---|" * (len(ROWS) + 1)]
     for (model, sampler, steps), rows in grouped(data["rows"]).items():
         facts = next(iter(rows.values()))
         title = f"{model}, {sampler}, {steps} steps, delta {facts['delta']}, {facts['distinct_rows']} distinct rows"
+        title += ", {samples} samples in {dtype}".format(**facts["made_for"])
         cells = [f"{rows[name]['used']} steps: " * (name == ROWS[1]) + cell(rows[name]) for name in ROWS]
         lines.append("| " + " | ".join([title, *cells]) + " |")
     lines += [
@@ -258,22 +274,21 @@ def main() -> None:
     parser.add_argument("--stage", choices=("quality", "timing"), default="quality", help="timing: both")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--iterations", type=int, default=300, help="updates that train scale and shift, of batch 8")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, choices=STEPS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, default=RESULTS / "block_caching.json")
     options = parser.parse_args()
-    same = {"samples": options.samples, "iterations": options.iterations, "dtype": "bfloat16"}
-    known = read_json(options.out)
-    kept = grouped(known["rows"]) if all(known.get(name) == value for name, value in same.items()) else {}
+    rows = grouped(read_json(options.out).get("rows", []))
     for steps in options.steps:  # the cheap half first
         for model in options.models:
             for sampler in SAMPLERS:
-                made = Configuration(model, sampler, steps, options).rows()
-                kept[model, sampler, steps] = {row["row"]: row for row in made}
-                rows = [row for found in kept.values() for row in found.values()]
-                write_json(options.out, {**same, "rows": rows})
+                made, known = Configuration(model, sampler, steps, options), rows.get((model, sampler, steps), {})
+                if not made.kept(known):
+                    rows[model, sampler, steps] = {row["row"]: row for row in made.rows()}
+                    write_json(options.out, {"rows": [row for found in rows.values() for row in found.values()]})
     text = markdown(read_json(options.out))
     options.out.with_suffix(".md").write_text(text)
     Console(width=None if sys.stdout.isatty() else 200).print(text, markup=False, highlight=False)

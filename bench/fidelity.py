@@ -4,8 +4,10 @@ On the demo models, each method is tuned to the budgets that it can reach (1.5x 
 the same samples as the uncached model in all steps, from three seeds. Controls: the model's own sampler,
 DPM-Solver++(2M) and UniPC, uncached, in as many steps as the budget pays for, and the trunk held at even intervals.
 Measures: PSNR and SSIM to the uncached images of the same noise; accuracy; Fréchet distance, precision and recall in
-classifier features against real digits. Writes `bench/results/fidelity.json`, `fidelity.md` and a plot of each model;
-goes on where it was interrupted. 10,000 samples: `--samples 10000`, for larger machines.
+classifier features against real digits. Writes `bench/results/fidelity.json`, `fidelity.md` and a plot of each model.
+It goes on where it was interrupted: rows of the same samples, steps, data type and weights are kept (not those of the
+methods after --redo), and what was drawn of others lies in the folder --work. 10,000 samples: `--samples 10000`, for
+larger machines. In float32: rounding to bfloat16 alone is as far from the uncached images as a plan at 2x.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +95,7 @@ class Study:
                 each,
                 self.options.steps,
                 batch,
-                torch.bfloat16,
+                getattr(torch, self.options.dtype),
                 self.options.backend,
                 self.model,
                 self.base,
@@ -103,6 +106,12 @@ class Study:
             made.demo = found[0].demo if found else made.demo
             found.append(made)
         return found
+
+    @cached_property
+    def made_for(self) -> Record:
+        """What rows must have been made for to be kept."""
+        facts = {name: getattr(self.options, name) for name in ("samples", "seeds", "steps", "dtype")}
+        return facts | {"weights": self.tuner.made_for["weights"]}
 
     @property
     def base(self) -> Setting:
@@ -154,18 +163,16 @@ class Study:
         spent, full = (sum(entry[kind] for entry in flops) for kind in (0, 1))
         return {"ideal_speedup": full / spent, "quality": {k: asdict(v) for k, v in found.items()}, "seeds": seeds}
 
-    def controls(self, budget: float) -> list[Record]:
-        """Fewer steps, with three samplers."""
-        steps, rows = round(self.options.steps / budget), []
-        for sampler in dict.fromkeys((self.sampler, *CONTROLS)):
-            setting = Setting(f"{UNCACHED}, {sampler}", f"{steps} steps", steps=steps, sampler=sampler)
-            row = self.row(setting, budget=budget, kind="control")
-            if sampler != self.sampler:  # the reference is of another solver, and tells nothing of these
-                for found in (row["quality"], *row["seeds"]):
-                    for name in ("psnr_db", "ssim"):
-                        found.pop(name)
-            rows.append(row)
-        return rows
+    def control(self, sampler: str, budget: float) -> Record:
+        """Fewer uncached steps, with some sampler."""
+        steps = round(self.options.steps / budget)
+        setting = Setting(f"{UNCACHED}, {sampler}", f"{steps} steps", steps=steps, sampler=sampler)
+        row = self.row(setting, budget=budget, kind="control")
+        if sampler != self.sampler:  # the reference is of another solver, and tells nothing of these
+            for found in (row["quality"], *row["seeds"]):
+                for name in ("psnr_db", "ssim"):
+                    found.pop(name)
+        return row
 
     def contender(self, contender: Contender, budget: float) -> Record:
         """A method at a budget, or why not."""
@@ -201,16 +208,47 @@ class Study:
         )
 
 
-def study(model: str, sampler: str, options: argparse.Namespace, write: Any) -> None:
+def study(made: Study, rows: Table) -> None:
     """All methods and controls of one model under one sampler, method by method."""
-    made = Study(model, sampler, options)
-    write(made.row(made.base, budget=1.0, kind="reference"))
+    options = made.options
+    rows.begin(made)
+    rows.add(UNCACHED, 1.0, lambda: made.row(made.base, budget=1.0, kind="reference"))
     for contender in chosen(options.methods):
         for budget in options.budgets:
-            write(made.contender(contender, budget))
+            rows.add(contender.method, budget, partial(made.contender, contender, budget))
     for budget in options.budgets:
-        for row in made.controls(budget):
-            write(row)
+        for sampler in dict.fromkeys((made.sampler, *CONTROLS)):
+            rows.add(f"{UNCACHED}, {sampler}", budget, partial(made.control, sampler, budget))
+
+
+@dataclass
+class Table:
+    """The rows of the result file; `redo`: methods whose rows are not kept."""
+
+    path: Path
+    redo: Sequence[str] = ()
+    rows: dict[tuple[Any, ...], Record] = field(default_factory=dict)
+    study: Study | None = None
+
+    def begin(self, study: Study) -> None:
+        """Drop what was made of this model and sampler with other options."""
+        self.study, known = study, read_json(self.path).get("rows", [])
+        kept = [row for row in known if (row["model"], row["sampler"]) != (study.model, study.sampler)]
+        same = [row for row in known if row not in kept and row["made_for"] == study.made_for]
+        same = [row for row in same if row["method"] not in self.redo]
+        self.rows = {self._key(row): row for row in (*kept, *same)}
+
+    def add(self, method: str, budget: float, make: Callable[[], Record]) -> None:
+        """Make a row that is not there, and write the file."""
+        assert self.study is not None
+        if (self.study.model, self.study.sampler, method, budget) not in self.rows:
+            row = make() | {"made_for": self.study.made_for}
+            self.rows[self._key(row)] = row
+            write_json(self.path, {"rows": list(self.rows.values())})
+
+    @staticmethod
+    def _key(row: Record) -> tuple[Any, ...]:
+        return row["model"], row["sampler"], row["method"], row["budget"]
 
 
 def main() -> None:
@@ -221,36 +259,23 @@ def main() -> None:
     )
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="*", default=[], help="these and ours only")
+    parser.add_argument("--redo", nargs="*", default=[], metavar="METHOD", help="draw these again")
     parser.add_argument("--samples", type=int, default=1000, help="of all seeds together")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=125, help="at most so many images are drawn together")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, default=RESULTS / "fidelity.json")
     options = parser.parse_args()
-    same = {name: getattr(options, name) for name in ("samples", "seeds", "steps", "backend")} | {"dtype": "bfloat16"}
-    known = read_json(options.out)
-    rows = (
-        {key_of(row): row for row in known.get("rows", [])} if all(known.get(k) == v for k, v in same.items()) else {}
-    )
-
-    def write(row: Record) -> None:
-        rows[key_of(row)] = row
-        write_json(options.out, {**same, "rows": list(rows.values())})
-
     for model in options.models:
         for sampler in options.samplers or USED[model]:
-            study(model, sampler, options, write)
+            study(Study(model, sampler, options), Table(options.out, options.redo))
     data = read_json(options.out)
     options.out.with_suffix(".md").write_text(markdown(data))
     pictures(data, options.out.parent)
     Console(width=None if sys.stdout.isatty() else 170).print(markdown(data), markup=False, highlight=False)
-
-
-def key_of(row: Record) -> tuple[Any, ...]:
-    """What a row is of."""
-    return row["model"], row["sampler"], row["method"], row["budget"]
 
 
 if __name__ == "__main__":

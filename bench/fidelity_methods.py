@@ -140,6 +140,7 @@ class Tuner:
     def __init__(self, runs: Any) -> None:
         self.runs = runs
         self._costing: dict[str, ExchangeableDenoiser] = {}
+        self._tried: dict[str, dict[float, Tuned]] = {}
 
     def sampler(self, images: int, seed: int) -> Callable[[Any, int], torch.Tensor]:
         """So many images of labels in turn, from noise that nothing else has."""
@@ -267,7 +268,7 @@ class Tuner:
         return facts | {"images": IMAGES, "tuned_on": FEW, "longest": LONGEST, "version": __version__}
 
     def _search(self, contender: Contender, budget: float) -> Tuned:
-        tried: dict[float, Tuned] = {}
+        tried = self._tried.setdefault(contender.method, {})  # what one budget tried, the next need not
 
         def speedup(knob: float) -> float:
             if knob not in tried:

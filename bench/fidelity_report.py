@@ -74,18 +74,19 @@ def markdown(data: Record) -> str:
     lines = [
         "# Quality against compute",
         "",
-        f"{data['samples']} samples from {data['seeds']} seeds, {data['steps']} steps, {data['dtype']}. Budgets are "
-        "fewer executed FLOPs; each method's setting is the one nearest to the budget, ours the one nearest above it. "
-        "PSNR and SSIM: to the uncached images of the same noise. Fréchet distance, precision, recall: in classifier "
-        "features, to real digits. Brackets: 95 % bootstrap intervals. Shown to be worse: the interval of our distance "
-        "begins above the least distance of all published methods.",
+        "Budgets are fewer executed FLOPs; each method's setting is the one nearest to the budget, ours the one "
+        "nearest above it. PSNR and SSIM: to the uncached images of the same noise. Fréchet distance, precision, "
+        "recall: in classifier features, to real digits. Brackets: 95 % bootstrap intervals. Shown to be worse: the "
+        "interval of our distance begins above the least distance of all published methods.",
         "",
     ]
     for (model, sampler), rows in groups(data).items():
         budgets = sorted({row["budget"] for row in rows if row["budget"] > 1})
         lines += [f"## {model}, {sampler}", ""]
         reference = next(row for row in rows if row["kind"] == "reference")
-        lines += [f"Uncached: Fréchet distance {_frechet(reference):.2f}.", "", *_verdicts(rows, budgets), ""]
+        told = "{samples} samples from {seeds} seeds, {steps} steps, {dtype}".format(**reference["made_for"])
+        lines += [f"{told}. Uncached: Fréchet distance {_frechet(reference):.2f}.", ""]
+        lines += [*_verdicts(rows, budgets), ""]
         for budget in budgets:
             lines += [f"### {budget:g}x", "", "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
             every = [row for row in rows if row["budget"] == budget and "quality" in row]

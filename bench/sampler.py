@@ -2,14 +2,15 @@
 
 On a Gaussian mixture with exact scores: mean distance to a fine solution from the same noise. On the demo models:
 Fréchet distance in classifier features against real digits, accuracy, and PSNR to the images of a fine solution (160
-calls) from the same noise. Writes `bench/results/sampler.json` and `sampler.md`; what was drawn is kept in the folder
---work, so that an interrupted run goes on.
+calls) from the same noise. Writes `bench/results/sampler.json` and `sampler.md`. An interrupted run goes on: rows of
+the same samples, data type and weights are kept, and what was drawn of others lies in the folder --work.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bench.method_runs import Record, Runs, read_json, write_json
 from bench.method_settings import Setting
 from bench.samplers import SAMPLERS, steps_for
 from diffcache_fx.models import DEMOS
+from diffcache_fx.provenance import hash_of_weights
 
 FOLDER = Path(__file__).parent
 WORK, RESULTS = FOLDER / "work" / "sampler", FOLDER / "results"
@@ -35,20 +37,20 @@ def setting_of(name: str, calls: int, own: Any, reference: bool = False) -> Sett
     return Setting("uncached", f"{name}, {calls} calls", steps=steps, sampler=name, reference=reference)
 
 
-def demo_rows(model: str, samples: int, batch: int, work: Path, calls: list[int]) -> list[Record]:
-    """Draw and score a demo under every sampler."""
-    runs = Runs(work / model, samples, 50, batch, torch.bfloat16, model=model)
-    own = runs.demo.scheduler()
+def demo_rows(runs: Runs, calls: list[int], known: list[Record]) -> Iterator[list[Record]]:
+    """Draw and score a demo under every sampler; the rows so far, after each. known: rows that need not be drawn."""
+    own, rows = runs.demo.scheduler(), list(known)
+    made = {(row["sampler"], row["calls"]) for row in known}
     runs.compared = setting_of(*FINE, own, reference=True)
-    runs.quality(runs.compared)
-    rows = []
     for count in calls:  # few calls first: what is interrupted is whole as far as it goes
         for name in SAMPLERS:
+            if (name, count) in made:
+                continue
             setting = setting_of(name, count, own)
             record = runs.quality(setting)
             rows.append({"sampler": name, "calls": count, "used": runs.calls(setting), "quality": record["quality"]})
-            console.print(f"{model}: {setting.label}: {_cell(rows[-1])}", highlight=False)
-    return rows
+            console.print(f"{runs.model}: {setting.label}: {_cell(rows[-1])}", highlight=False)
+            yield rows
 
 
 def _cell(row: Record) -> str:
@@ -69,8 +71,9 @@ def markdown(data: Record) -> str:
     lines += ["## Gaussian mixture: mean distance to the solution", "", *rule]
     for name, found in data["mixture"].items():
         lines.append("| " + " | ".join([name, *(f"{found[str(count)]['error']:.2e}" for count in calls)]) + " |")
-    for model, rows in data["demos"].items():
-        title = f"## {model}: Fréchet distance [95 %], PSNR to the solution, read as asked; {data['samples']} samples"
+    for model, found in data["demos"].items():
+        rows, told = found["rows"], "{samples} samples, {dtype}".format(**found["made_for"])
+        title = f"## {model}: Fréchet distance [95 %], PSNR to the solution, read as asked; {told}"
         lines += ["", title, "", *rule]
         known = {(row["sampler"], row["calls"]): _cell(row) for row in rows}
         for name in SAMPLERS:
@@ -83,18 +86,23 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(DEMOS), choices=list(DEMOS))
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--calls", type=int, nargs="+", default=CALLS)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, default=RESULTS / "sampler.json")
     options = parser.parse_args()
-    known = read_json(options.out)
-    same = {"samples": options.samples, "calls": options.calls, "dtype": "bfloat16", "seed": 0}
-    demos = known.get("demos", {}) if all(known.get(name) == value for name, value in same.items()) else {}
-    exact = mixture.errors(SAMPLERS, steps_for, options.calls)
-    data: Record = {**same, "mixture": exact, "demos": demos}
+    data: Record = {"calls": options.calls, "mixture": mixture.errors(SAMPLERS, steps_for, options.calls)}
+    data["demos"] = read_json(options.out).get("demos", {})
     for model in options.models:
-        data["demos"][model] = demo_rows(model, options.samples, options.batch, options.work, options.calls)
-        write_json(options.out, data)
+        dtype = getattr(torch, options.dtype)
+        runs = Runs(options.work / model, options.samples, 50, options.batch, dtype, model=model)
+        made_for = {"samples": options.samples, "dtype": options.dtype, "seed": runs.seed}
+        made_for["weights"] = hash_of_weights(runs.demo.model)
+        known = data["demos"].get(model, {})
+        kept = known["rows"] if known.get("made_for") == made_for else []
+        for rows in demo_rows(runs, options.calls, kept):
+            data["demos"][model] = {"made_for": made_for, "rows": rows}
+            write_json(options.out, data)
     write_json(options.out, data)
     text = markdown(read_json(options.out))
     options.out.with_suffix(".md").write_text(text)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import fidelity
+from bench.fidelity import Study, Table
 from bench.fidelity_methods import FEW, OURS, Contender, Tuner, chosen, contenders, respaced, spaced
 from bench.fidelity_report import markdown, pictures, verdict
 from bench.method_runs import Record, read_json
@@ -108,7 +109,8 @@ ROWS = [
     {"model": "digits", "sampler": "DDIM", "method": "pab", "budget": 2.0, "kind": "out of reach", "nearest": 1.2},
     {"model": "digits", "sampler": "DDIM", "method": "t_gate", "budget": 2.0, "kind": "not applicable", "why": "no."},
 ]
-DATA = {"samples": 10, "seeds": 2, "steps": 50, "dtype": "bfloat16", "rows": ROWS}
+MADE_FOR = {"samples": 10, "seeds": 2, "steps": 50, "dtype": "float32"}
+DATA = {"rows": [entry | {"made_for": MADE_FOR} for entry in ROWS]}
 
 
 def test_the_verdict() -> None:
@@ -126,6 +128,7 @@ def test_the_verdict() -> None:
 
 def test_the_report(tmp_path: Path) -> None:
     text = markdown(DATA)
+    assert "10 samples from 2 seeds, 50 steps, float32. Uncached: Fréchet distance 1.00." in text
     assert "| 2x | fora | +0.30 | +0.30, +0.30 | MISSED | 1.35, 1.30 (foca) | no |" in text
     assert text.index("**calibrated plan**") < text.index("uncached, DDIM") < text.index("| foca")
     assert "Out of reach: pab (nearest 1.20x)." in text
@@ -139,21 +142,36 @@ LAST_BLOCK = "taylor_seer, order 1, last block"
 
 def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = argparse.Namespace(
-        samples=4, seeds=2, steps=6, batch=2, backend="eager", work=tmp_path, methods=[LAST_BLOCK], budgets=[2.0]
+        samples=4,
+        seeds=2,
+        steps=6,
+        batch=2,
+        dtype="float32",
+        backend="eager",
+        work=tmp_path / "work",
+        methods=[LAST_BLOCK],
+        budgets=[2.0],
     )
     monkeypatch.setattr("bench.fidelity_methods.IMAGES", 2)
     monkeypatch.setattr(fidelity, "CONTROLS", ("UniPC",))
     # Of the real images a few: all distances between all of them take long.
     monkeypatch.setattr(fidelity, "Neighbourhoods", lambda features: Neighbourhoods(features[:500]))
-    rows: list[Record] = []
-    fidelity.study("digits", fidelity.OWN, options, rows.append)
+    path = tmp_path / "rows.json"
+    path.write_text(
+        json.dumps({"rows": [ROWS[1] | {"made_for": MADE_FOR, "model": "digits", "sampler": fidelity.OWN}]})
+    )
+    fidelity.study(Study("digits", fidelity.OWN, options), Table(path))
+    rows = read_json(path)["rows"]  # without that of other options
     assert [entry["kind"] for entry in rows] == ["reference", "ours", "published", "control", "control"]
     for entry in rows[1:]:
         assert ("psnr_db" in entry["quality"]) == ("UniPC" not in entry["method"])
         assert {"accuracy", "frechet", "precision", "recall"} <= set(entry["quality"])
         assert len(entry["seeds"]) == 2
         assert entry["ideal_speedup"] == pytest.approx(2.0, rel=0.3)  # of six steps
+    # From the file alone, or drawn before; scored again is what is to be done again.
     monkeypatch.setattr(fidelity.Seeded, "draw", lambda *_: pytest.fail("drawn again"))
-    again: list[Record] = []
-    fidelity.study("digits", fidelity.OWN, options, again.append)
-    assert json.loads(json.dumps(rows)) == again
+    fidelity.study(Study("digits", fidelity.OWN, options), Table(path, redo=(LAST_BLOCK,)))
+    assert sorted(map(repr, read_json(path)["rows"])) == sorted(map(repr, rows))
+    options.work = tmp_path / "nowhere"
+    fidelity.study(Study("digits", fidelity.OWN, options), Table(path))
+    assert not list(options.work.rglob("*.safetensors"))
