@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .clock import Clock
 from .compile import user_shapes
 from .errors import CalibrationError
 from .finding import Findings, find
@@ -88,7 +89,8 @@ class Calibration:
             **backend_options,
         )
         self.reference = self.run(recorder, seed)
-        self._references, self._moved = {seed: self.reference}, dict[Planned, float]()
+        self._references, self._moved = {seed: self.reference}, dict[tuple[Planned, int], float]()
+        self._errors: dict[tuple[Planned, Psnr | RelativeL1, int], Tensor] = {}
         self.recording = recorder.recording()
         self._known = {seed: recorder.outputs()}
         self._recorder = recorder
@@ -98,7 +100,9 @@ class Calibration:
         captured = recorder.current_signature().captured
         shapes = user_shapes(captured.program)
         self.made_for = Provenance.of(self.model, self.recording.timesteps, shapes, describe)
-        self.trial = Trial(self.model, self.regions, storage, self.history, self.steps, backend, backend_options)
+        self.trial = Trial(
+            self.model, self.regions, storage, self.history, self.steps, backend, backend_options, like=recorder
+        )
         self.gram = sum(region.gram for region in self.recording.regions).numpy()  # type: ignore[union-attr]
         self.gains = self._measure_gains(probes)
         self._plans: dict[int, Planned] = {}
@@ -159,28 +163,41 @@ class Calibration:
             self._plans[refreshes] = self.planner.plan(refreshes)
         return self._plans[refreshes]
 
-    def best(self, refreshes: int) -> Planned:
+    def best(self, refreshes: int, seed: int | None = None) -> Planned:
         """Of the plans with so many refreshes that trust the linear picture more or less, the one that comes nearest to
-        the uncached samples, as tried."""
+        the uncached samples, as tried on some noise (that of the recording, unless given)."""
         others = [self.planner.steadier(s).plan(refreshes) for s in TRIED if s != self.planner.steadiness]
-        return min([self.plan(refreshes), *others, self.planner.drafted(refreshes)], key=self.moved)
+        plans = [self.plan(refreshes), *others, self.planner.drafted(refreshes)]
+        return min(plans, key=lambda plan: self.moved(plan, seed))
 
-    def tried(self, plan: Planned, seed: int, replay: bool = True) -> Tensor:
-        """The samples of a generation under a plan. replay: without computing again what is known of the uncached one;
-        where the time is measured, it is not."""
-        self.trial.follow(plan.bits, plan.rows, self._known.get(seed) if replay else None)
+    def tried(self, plan: Planned, seed: int) -> Tensor:
+        """The samples of a generation under a plan; what is known of the uncached one is not computed again."""
+        self.trial.follow(plan.bits, plan.rows, self._known.get(seed))
         return self.run(self.trial, seed)
 
-    def moved(self, plan: Planned) -> float:
+    def timed(self, plan: Planned, uncached: Callable[..., Any]) -> Clock:
+        """How long the steps of a generation under a plan take, beside the uncached model's."""
+        self.trial.follow(plan.bits, plan.rows)
+        return self.trial.timed(uncached, lambda: self.run(self.trial, self.seed))
+
+    def moved(self, plan: Planned, seed: int | None = None) -> float:
         """Mean square error of the final samples under a plan."""
-        if plan not in self._moved:
-            self._moved[plan] = float((self.tried(plan, self.seed) - self.reference).square().mean())
-        return self._moved[plan]
+        seed = self.seed if seed is None else seed
+        if (plan, seed) not in self._moved:
+            self._measure_error(plan, seed)
+        return self._moved[plan, seed]
 
     def errors(self, plan: Planned, target: Psnr | RelativeL1, seed: int) -> Tensor:
         """Error of each sample under a plan, from the uncached samples of the same noise."""
-        reference = self._reference(seed)
-        return target.error(self.tried(plan, seed), reference)
+        if (plan, target, seed) not in self._errors:
+            self._measure_error(plan, seed, target)
+        return self._errors[plan, target, seed]
+
+    def _measure_error(self, plan: Planned, seed: int, target: Psnr | RelativeL1 | None = None) -> None:
+        samples, reference = self.tried(plan, seed), self._reference(seed)
+        self._moved[plan, seed] = float((samples - reference).square().mean())
+        if target is not None:
+            self._errors[plan, target, seed] = target.error(samples, reference)
 
     def _reference(self, seed: int) -> Tensor:
         if seed not in self._references:

@@ -45,6 +45,7 @@ from .step_set import DIFFERENCE, PROBE, REBUILD, StepSet
 
 log = logging.getLogger(__name__)
 Decide = Literal["host", "graph", "lagged"]
+Traced = tuple[StepProgram, ShapeRules]
 DECIDE = ("host", "graph", "lagged")
 
 
@@ -155,16 +156,18 @@ class Captured:
         options: Options,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        traced: Traced | None = None,
     ) -> None:
+        """traced: what tracing this call gave before, where the model is still the same."""
         if options.dynamic is True and schedule.adaptive:
             raise CacheError(
                 "dynamic=True does not go with an adaptive guard: there only the batch may vary, with dynamic='batch'"
             )
-        captured, rules = capture(module, args, kwargs, dynamic=options.dynamic)
+        self.traced = captured, rules = traced or capture(module, args, kwargs, dynamic=options.dynamic)
         if schedule.made_for is not None:
             schedule.made_for.check_shapes(user_shapes(captured))
         self.module, self.schedule, self.options = module, schedule, options
-        self.rules: ShapeRules = rules
+        self.rules = rules
         self.program = _within_memory(captured, schedule)
         if not self.program.regions:
             raise RegionError("the schedule selects nothing that depends on the inputs of a step")

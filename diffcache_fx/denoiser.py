@@ -35,7 +35,9 @@ class CachedDenoiser(Generations, nn.Module):
         schedule: CacheSchedule,
         options: Options,
         example_inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
+        like: CachedDenoiser | None = None,
     ) -> None:
+        """like: another one of the same model, whose traces this one takes over."""
         super().__init__()
         if not isinstance(model, nn.Module):
             raise CallError(f"compile_with_cache takes the denoiser, an nn.Module, not {type(model).__name__}")
@@ -51,7 +53,7 @@ class CachedDenoiser(Generations, nn.Module):
             {
                 "schedule": schedule,
                 "options": options,
-                "signatures": Signatures(model, schedule, options),
+                "signatures": Signatures(model, schedule, options, like._signatures if like is not None else None),
                 "local": threading.local(),
             },
         )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from .errors import CalibrationError
-from .measure import compiled_baseline, interleaved
+from .measure import compiled_baseline
 from .planning import Planned
 from .recording import Recording
 from .schedule import CacheSchedule
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 # Share of samples whose error stays below the one asked for.
 COVERED = 0.95
-_ROUNDS = 3  # of timed generations
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,12 @@ def find(measured: Calibration, target: Target) -> Findings:
     speed: float | None = None
     if isinstance(target, (Psnr, RelativeL1)):
         plan = _below(measured, target)
+        moved = measured.moved(plan, measured.seed + 1)
     else:
         plan, speed = _faster(measured, target)
+        moved = measured.moved(plan)
     predicted = plan.error / measured.reference.numel()
-    return Findings(
-        measured.schedule(plan), measured.recording, measured.gains, plan, predicted, measured.moved(plan), speed
-    )
+    return Findings(measured.schedule(plan), measured.recording, measured.gains, plan, predicted, moved, speed)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -75,7 +72,7 @@ def _below(measured: Calibration, target: Psnr | RelativeL1) -> Planned:
             low = guess + 1
         if low < high:  # the error that was predicted, put right by what it was
             guess = _expected(measured, target, error / _predicted(plan, target), low, high)
-    best = measured.best(high)
+    best = measured.best(high, measured.seed + 1)
     measured.told("try", tried, tried)
     for plan in (best, measured.plan(high)):
         if _covering(measured, plan, target) <= target.largest:
@@ -119,36 +116,27 @@ def _covering(measured: Calibration, plan: Planned, target: Psnr | RelativeL1) -
 def _faster(measured: Calibration, target: Speedup | Latency) -> tuple[Planned, float]:
     """The plan with the most refreshes that is fast enough, as measured against the uncached model in turn."""
     uncached = compiled_baseline(measured.model, measured.backend, measured.backend_options)
-    measured.run(uncached, measured.seed)
     least, steps = measured.least, measured.steps
-    counts = sorted({least, max(least + 1, steps // 2)})
-    runs = {"uncached": lambda: measured.run(uncached, measured.seed)}
-    for count in counts:
-        runs[str(count)] = _runner(measured, measured.plan(count))
-    timings = interleaved(runs, rounds=_ROUNDS, warmup=1, baseline="uncached")
-    few, many = (timings.median(str(count)) for count in (counts[0], counts[-1]))
-    slope = max((many - few) / max(counts[-1] - counts[0], 1), 1e-12)
-    wanted = target.seconds if isinstance(target, Latency) else timings.median("uncached") / target.times
-    count = min(int((wanted - few) / slope) + counts[0], steps)
-    while count >= least:
-        plan = measured.plan(count)  # how fast it is does not depend on the weights
-        measured.told("time", 0, 0)
-        pair = {"uncached": runs["uncached"], "cached": _runner(measured, plan)}
-        timings = interleaved(pair, rounds=_ROUNDS, warmup=0, baseline="uncached")
-        taken, speed = timings.median("cached"), timings.speedup("cached").value
-        late = taken - (target.seconds if isinstance(target, Latency) else timings.median("uncached") / target.times)
-        if late <= 0:
-            measured.told("time", 1, 1)
-            return measured.best(count), speed
-        fewer = count - max(1, math.ceil(late / slope))
-        count = max(fewer, least) if count > least else fewer
-    measured.told("time", 1, 1)
-    raise CalibrationError(
-        f"{target} cannot be met: with the fewest refreshes allowed ({least} of {steps}) a generation takes {few:.3g} "
-        f"s and the uncached one {timings.median('uncached'):.3g} s. Allow longer runs of reuses, or cache more of the "
-        "model"
-    )
-
-
-def _runner(measured: Calibration, plan: Planned) -> Callable[[], Tensor]:
-    return lambda: measured.tried(plan, measured.seed, replay=False)
+    count, bound, told = max(least, steps // 2), steps, 0  # bound: the most that may still be fast enough
+    reached: tuple[int, float] | None = None
+    while True:
+        measured.told("time", told, 0)
+        told += 1
+        clock = measured.timed(measured.plan(count), uncached)  # how fast it is does not depend on the weights
+        wanted = target.seconds if isinstance(target, Latency) else clock.whole / target.times
+        if clock.cached() <= wanted:
+            reached = count, clock.whole / clock.cached()
+        else:
+            bound = count - 1
+        if bound < least:
+            raise CalibrationError(
+                f"{target} cannot be met: with the fewest refreshes allowed ({least} of {steps}) a generation takes "
+                f"{clock.cached(least / steps):.3g} s and the uncached one {clock.whole:.3g} s. Allow longer runs of "
+                "reuses, or cache more of the model"
+            )
+        low = least if reached is None else reached[0]
+        able = [n for n in range(low, bound + 1) if clock.cached(n / steps) <= wanted]
+        count = max(able, default=low)
+        if reached is not None and count == reached[0]:
+            measured.told("time", told, told)
+            return measured.best(count), reached[1]

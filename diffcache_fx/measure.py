@@ -118,18 +118,19 @@ def _time(function: Callable[[], object], calls: int) -> float:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        _synchronize()
+        synchronize()
         return (time.perf_counter() - start) / calls
     finally:
         if collecting:
             gc.enable()
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for what was started on a GPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

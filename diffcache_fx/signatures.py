@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .calling import autocast_state, is_number, leaf_key, number_tensor, quick_flatten, rank_key
-from .compile import Captured, Options, user_shapes
+from .compile import Captured, Options, Traced, user_shapes
 from .errors import CallError, StaleProgramError
 from .parameters import difference, fingerprint
 from .passes.reach import latent_input, timestep_input
@@ -114,8 +114,11 @@ class Signature:
 class Signatures:
     """All captured signatures of one model under one schedule; safe to use from several threads."""
 
-    def __init__(self, module: nn.Module, schedule: CacheSchedule, options: Options) -> None:
-        self.module, self.schedule, self.options = module, schedule, options
+    def __init__(
+        self, module: nn.Module, schedule: CacheSchedule, options: Options, like: Signatures | None = None
+    ) -> None:
+        """like: of the same model; what was traced for it is not traced again."""
+        self.module, self.schedule, self.options, self._like = module, schedule, options, like
         self._followed = schedule  # which may be another of the same structure
         self.compilations = 0
         self.recaptures: list[str] = []
@@ -137,7 +140,8 @@ class Signatures:
             if found is None:
                 check_call(self.module, call.args, call.kwargs)
                 mark = fingerprint(self.module)
-                captured = Captured(self.module, self.schedule, self.options, call.args, call.kwargs)
+                traced = self._like.traced(call, mark, self.options) if self._like is not None else None
+                captured = Captured(self.module, self.schedule, self.options, call.args, call.kwargs, traced)
                 captured.exchange(self._followed)
                 found = Signature(captured, call, mark)
             alike = self._known.setdefault(call.key, [])
@@ -150,6 +154,13 @@ class Signatures:
 
     def _serving(self, call: FlatCall) -> Signature | None:
         return next((signature for signature in self._known.get(call.key, ()) if signature.serves(call)), None)
+
+    def traced(self, call: FlatCall, mark: Any, options: Options) -> Traced | None:
+        """What tracing a call gave, if the model has been the same since and sizes are to vary alike."""
+        found = self._serving(call)
+        if found is None or found.mark != mark or self.options.dynamic != options.dynamic:
+            return None
+        return found.captured.traced
 
     def current(self, signature: Signature, call: FlatCall) -> Signature:
         """The signature itself if the model is still what was captured, else that of a new capture."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from .clock import Clock
 from .compile import Options
+from .denoiser import CachedDenoiser
 from .driver import Driver
 from .exchange import ExchangeableDenoiser
 from .forecasts import Binomial, Rows
@@ -60,11 +62,27 @@ class Trial(ExchangeableDenoiser):
         steps: int,
         backend: Any,
         backend_options: Mapping[str, Any],
+        like: CachedDenoiser | None = None,
     ) -> None:
         self_made = CacheSchedule(NAME, (Rule(regions, Interval(2), Binomial(history), storage),))
         options = Options(backend, steps, backend_options=backend_options)
-        super().__init__(model, self_made, options)
-        self._own["known"], self._own["first"] = {}, 0
+        super().__init__(model, self_made, options, like=like)
+        self._own["known"], self._own["first"], self._own["clock"] = {}, 0, None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        clock: Clock | None = self._own["clock"]
+        if clock is None:
+            return super().forward(*args, **kwargs)
+        return clock.call(super().forward, lambda: bool(self.stats().decisions[-1].reused), *args, **kwargs)
+
+    def timed(self, uncached: Callable[..., Any], generation: Callable[[], Any]) -> Clock:
+        """Beside the uncached model, in a generation with this denoiser."""
+        clock = self._own["clock"] = Clock(uncached)
+        try:
+            clock.generation(generation)
+        finally:
+            self._own["clock"] = None
+        return clock
 
     def follow(self, bits: Sequence[bool], rows: Sequence[Sequence[float]], known: Replay | None = None) -> None:
         """From the next generation on, of all threads. known: what the model returns in the uncached run that begins
