@@ -24,22 +24,24 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bench import perceptual
 from bench.fidelity_methods import OURS, Contender, Tuner, chosen
 from bench.fidelity_report import markdown, pictures
 from bench.method_runs import Record, Runs, plain, read_json, write_json
 from bench.method_settings import NOT_APPLICABLE, UNCACHED, Setting
 from bench.quality import Estimate, FrechetDistance, Neighbourhoods, score
-from bench.samplers import SAMPLERS
-from diffcache_fx import CalibrationError
+from bench.samplers import SAMPLERS, steps_for
+from diffcache_fx import CacheError, CalibrationError
 from diffcache_fx.compile import Options
 from diffcache_fx.exchange import ExchangeableDenoiser, structure
-from diffcache_fx.models import DEMOS
+from diffcache_fx.models import DEMOS, load_demo
 
 FOLDER = Path(__file__).parent
 WORK, RESULTS = FOLDER / "work" / "fidelity", FOLDER / "results"
 BUDGETS = (1.5, 2.0, 3.0, 4.0, 5.0)
 OWN, FAST = "DDIM or Euler", "DPM-Solver++(2M)"
-USED = {"digits": (OWN, FAST), "digit-pairs": (OWN,)}
+LAGRANGE = "Lagrange(3, 1)"
+USED = {"digits": (OWN, FAST, LAGRANGE), "digit-pairs": (OWN, LAGRANGE)}
 CONTROLS = (OWN, FAST, "UniPC")
 REACHED = 0.06  # a method reaches a budget whose logarithm is at most so far off
 console = Console(stderr=True)
@@ -47,15 +49,15 @@ console = Console(stderr=True)
 
 @dataclass
 class Seeded(Runs):
-    """One seed of one model under one sampler. pool: compiled denoisers, which all seeds share."""
+    """One seed of one model under one sampler. steps: calls of the model; sampler_steps: of the sampler, which may call
+    the model more than once at each. pool: compiled denoisers, which all seeds share."""
 
     sampler: str = OWN
+    sampler_steps: int = 0
     pool: dict[Any, ExchangeableDenoiser] = field(default_factory=dict)
 
     def sampling(self) -> Any:
-        made = SAMPLERS[self.sampler](self.demo.scheduler())
-        made.set_timesteps(self.steps)
-        return made
+        return SAMPLERS[self.sampler](self.demo.scheduler())
 
     def denoiser(self, setting: Setting, images: int) -> Any:
         """Compiled once for all schedules of one structure."""
@@ -82,6 +84,18 @@ class Study:
     options: argparse.Namespace
 
     @cached_property
+    def steps(self) -> int:
+        """Of the sampler: the most with which it calls the model at most as often as asked for."""
+        return steps_for(SAMPLERS[self.sampler], load_demo(self.model).scheduler(), self.options.steps)
+
+    @cached_property
+    def calls(self) -> int:
+        """Of the model, in a generation."""
+        made = SAMPLERS[self.sampler](load_demo(self.model).scheduler())
+        made.set_timesteps(self.steps)
+        return len(made.timesteps)
+
+    @cached_property
     def runs(self) -> list[Seeded]:
         """One for each seed, together at least as many samples as asked for."""
         work = self.options.work / f"{self.model}-{''.join(c for c in self.sampler.lower() if c.isalnum())}"
@@ -93,7 +107,7 @@ class Study:
             made = Seeded(
                 work / f"seed{seed}",
                 each,
-                self.options.steps,
+                self.calls,
                 batch,
                 getattr(torch, self.options.dtype),
                 self.options.backend,
@@ -101,6 +115,7 @@ class Study:
                 self.base,
                 seed,
                 self.sampler,
+                self.steps,
                 pool,
             )
             made.demo = found[0].demo if found else made.demo
@@ -111,12 +126,12 @@ class Study:
     def made_for(self) -> Record:
         """What rows must have been made for to be kept."""
         facts = {name: getattr(self.options, name) for name in ("samples", "seeds", "steps", "dtype")}
+        facts |= {"metrics": sorted(self.options.measures)} if self.options.measures else {}
         return facts | {"weights": self.tuner.made_for["weights"]}
 
     @property
     def base(self) -> Setting:
-        steps = self.options.steps
-        return Setting(UNCACHED, f"{steps} steps", steps=steps, reference=True, sampler=self.sampler)
+        return Setting(UNCACHED, f"{self.steps} steps", steps=self.steps, reference=True, sampler=self.sampler)
 
     @cached_property
     def tuner(self) -> Tuner:
@@ -135,6 +150,7 @@ class Study:
         path = self.runs[0].work.parent / f"{setting.key}.json"
         known, weights = read_json(path), self.tuner.made_for["weights"]
         made_for = plain({"samples": self.options.samples, "weights": weights})
+        made_for |= {"metrics": sorted(self.options.measures)} if self.options.measures else {}
         made_for["runs"] = [plain(runs.config(setting)) for runs in self.runs]
         if known.get("made_for") != made_for:
             known = {"made_for": made_for, **self._scored(setting)}
@@ -160,12 +176,18 @@ class Study:
         reference = None if setting.reference else torch.cat(references)
         joined = torch.cat(images), torch.cat(labels)
         found = score(*joined, demo.read, self.distance, reference, self.neighbourhoods)
+        width = len(str(demo.num_classes - 1))
+        prompts = [f"the handwritten number {int(label):0{width}d}" for label in joined[1]]
+        for name, measure in self.options.measures.items():
+            estimate = measure(joined[0], reference, prompts)
+            found |= {name: estimate} if estimate is not None else {}
         spent, full = (sum(entry[kind] for entry in flops) for kind in (0, 1))
         return {"ideal_speedup": full / spent, "quality": {k: asdict(v) for k, v in found.items()}, "seeds": seeds}
 
     def control(self, sampler: str, budget: float) -> Record:
         """Fewer uncached steps, with some sampler."""
-        steps = round(self.options.steps / budget)
+        own, made = self.runs[0].demo.scheduler(), SAMPLERS[sampler]
+        steps = steps_for(made, own, round(self.calls / budget))
         setting = Setting(f"{UNCACHED}, {sampler}", f"{steps} steps", steps=steps, sampler=sampler)
         row = self.row(setting, budget=budget, kind="control")
         if sampler != self.sampler:  # the reference is of another solver, and tells nothing of these
@@ -185,6 +207,7 @@ class Study:
             setting = Setting(
                 contender.method,
                 f"{budget:g}x",
+                steps=self.steps,
                 sampler=self.sampler,
                 given=tuned.schedule,
                 decide=contender.decide,
@@ -262,13 +285,18 @@ def main() -> None:
     parser.add_argument("--redo", nargs="*", default=[], metavar="METHOD", help="draw these again")
     parser.add_argument("--samples", type=int, default=1000, help="of all seeds together")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=50, help="calls of the model, at most")
     parser.add_argument("--batch", type=int, default=125, help="at most so many images are drawn together")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--metrics", nargs="*", default=[], choices=list(perceptual.MEASURES), help="with own weights")
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, default=RESULTS / "fidelity.json")
     options = parser.parse_args()
+    try:
+        options.measures = perceptual.load(options.metrics)
+    except CacheError as error:
+        parser.error(str(error))
     for model in options.models:
         for sampler in options.samplers or USED[model]:
             study(Study(model, sampler, options), Table(options.out, options.redo))

@@ -151,7 +151,7 @@ class Tuner:
                 denoiser,
                 labels,
                 scheduler=self.runs.sampling(),
-                num_steps=self.runs.steps,
+                num_steps=self.runs.sampler_steps,
                 seed=seed + more,
                 batch_size=images,
                 dtype=self.runs.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 
 from bench.method_runs import Record
+from bench.perceptual import MEASURES
 
 KINDS = ("ours", "published", "control")
 MARGIN = 0.5  # dB that ours is to be better by
@@ -88,10 +90,12 @@ def markdown(data: Record) -> str:
         lines += [f"{told}. Uncached: Fréchet distance {_frechet(reference):.2f}.", ""]
         lines += [*_verdicts(rows, budgets), ""]
         for budget in budgets:
-            lines += [f"### {budget:g}x", "", "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+            more = [name for name in MEASURES if any(name in row.get("quality", {}) for row in rows)]
+            head = [*HEAD, *more]
+            lines += [f"### {budget:g}x", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
             every = [row for row in rows if row["budget"] == budget and "quality" in row]
             here = [row for row in every if row["kind"] != "off budget"]
-            lines += ["| " + " | ".join(cells(row)) + " |" for row in sorted(here, key=_psnr, reverse=True)]
+            lines += ["| " + " | ".join(cells(row, more)) + " |" for row in sorted(here, key=_psnr, reverse=True)]
             off = [f"{r['method']} ({r['ideal_speedup']:.2f}x)" for r in every if r["kind"] == "off budget"]
             lines += ["", f"Off the budget on these samples, and left out above: {', '.join(off)}."] if off else []
             missing = [row for row in rows if row["budget"] == budget and row["kind"] == "out of reach"]
@@ -122,8 +126,8 @@ def _verdicts(rows: list[Record], budgets: list[float]) -> list[str]:
     return lines
 
 
-def cells(row: Record) -> list[str]:
-    """One line of a table."""
+def cells(row: Record, more: Sequence[str] = ()) -> list[str]:
+    """One line of a table. more: measures with weights of their own."""
     quality = row["quality"]
 
     def shown(name: str, digits: int, factor: float = 1.0) -> str:
@@ -148,6 +152,7 @@ def cells(row: Record) -> list[str]:
         by_seed("frechet"),
         shown("precision", 3),
         shown("recall", 3),
+        *(shown(name, 3) for name in more),
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import fidelity
+from bench import fidelity, perceptual
 from bench.fidelity import Study, Table
 from bench.fidelity_methods import FEW, OURS, Contender, Tuner, chosen, contenders, respaced, spaced
 from bench.fidelity_report import markdown, pictures, verdict
@@ -38,6 +38,7 @@ def tuner(tmp_path: Path) -> Tuner:
         model="digits",
         backend="eager",
         steps=STEPS,
+        sampler_steps=STEPS,
         dtype=torch.float32,
         work=tmp_path,
         sampling=lambda: None,
@@ -151,6 +152,7 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
         work=tmp_path / "work",
         methods=[LAST_BLOCK],
         budgets=[2.0],
+        measures={"clip": perceptual.clip(lambda image, prompt: image.float().mean())},
     )
     monkeypatch.setattr("bench.fidelity_methods.IMAGES", 2)
     monkeypatch.setattr(fidelity, "CONTROLS", ("UniPC",))
@@ -165,7 +167,7 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
     assert [entry["kind"] for entry in rows] == ["reference", "ours", "published", "control", "control"]
     for entry in rows[1:]:
         assert ("psnr_db" in entry["quality"]) == ("UniPC" not in entry["method"])
-        assert {"accuracy", "frechet", "precision", "recall"} <= set(entry["quality"])
+        assert {"accuracy", "frechet", "precision", "recall", "clip"} <= set(entry["quality"])
         assert len(entry["seeds"]) == 2
         assert entry["ideal_speedup"] == pytest.approx(2.0, rel=0.3)  # of six steps
     # From the file alone, or drawn before; scored again is what is to be done again.
