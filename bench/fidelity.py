@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from bench import perceptual
-from bench.fidelity_methods import OURS, Contender, Tuner, chosen
+from bench.fidelity_methods import OURS, REACHED, Contender, Tuner, chosen
 from bench.fidelity_report import markdown, pictures
 from bench.method_runs import Record, Runs, plain, read_json, write_json
 from bench.method_settings import NOT_APPLICABLE, UNCACHED, Setting
@@ -43,7 +43,6 @@ OWN, FAST = "DDIM or Euler", "DPM-Solver++(2M)"
 LAGRANGE = "Lagrange(3, 1)"
 USED = {"digits": (OWN, FAST, LAGRANGE), "digit-pairs": (OWN, LAGRANGE)}
 CONTROLS = (OWN, FAST, "UniPC")
-REACHED = 0.06  # a method reaches a budget whose logarithm is at most so far off
 console = Console(stderr=True)
 
 
@@ -202,7 +201,7 @@ class Study:
         try:
             tuned = self.tuner.tuned(contender, budget)
             off = abs(math.log(tuned.speedup / budget))
-            if off > REACHED and not (contender.above and tuned.speedup > budget):
+            if off > REACHED:
                 return base | {"kind": "out of reach", "nearest": tuned.speedup}
             setting = Setting(
                 contender.method,
@@ -215,7 +214,7 @@ class Study:
             kind: str = "ours" if contender.method == OURS else "published" if contender.published else "control"
             row = self.row(setting, budget=budget, kind=kind, knob=tuned.knob)
             # What decides as it runs may decide otherwise on the samples that are scored.
-            kept = abs(math.log(row["ideal_speedup"] / budget)) <= REACHED or contender.above
+            kept = abs(math.log(row["ideal_speedup"] / budget)) <= REACHED
             return row if kept else row | {"kind": "off budget"}
         except (*NOT_APPLICABLE, CalibrationError) as error:
             return base | {"kind": "not applicable", "why": " ".join(str(error).split())}

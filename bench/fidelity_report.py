@@ -76,10 +76,10 @@ def markdown(data: Record) -> str:
     lines = [
         "# Quality against compute",
         "",
-        "Budgets are fewer executed FLOPs; each method's setting is the one nearest to the budget, ours the one "
-        "nearest above it. PSNR and SSIM: to the uncached images of the same noise. Fréchet distance, precision, "
-        "recall: in classifier features, to real digits. Brackets: 95 % bootstrap intervals. Shown to be worse: the "
-        "interval of our distance begins above the least distance of all published methods.",
+        "Budgets are fewer executed FLOPs; each method's setting is the one nearest to the budget. PSNR and SSIM: to "
+        "the uncached images of the same noise. Fréchet distance, precision, recall: in classifier features, to real "
+        "digits. Brackets: 95 % bootstrap intervals. Shown to be worse: the interval of our distance begins above the "
+        "least distance of all published methods.",
         "",
     ]
     for (model, sampler), rows in groups(data).items():

@@ -85,8 +85,6 @@ def test_methods_come_as_near_to_a_budget_as_they_can(contender: Contender, tune
     assert spent.full / spent.spent == pytest.approx(found.speedup, rel=0.02)
     if contender.kind == "refreshes" and contender.method not in ("lemica",):
         assert found.speedup == pytest.approx(2.0, rel=0.25)  # of twelve steps, one is eight hundredths
-    if contender.above:
-        assert found.speedup >= 2.0 * (1 - 1e-3)
     assert tuner.tuned(contender, 2.0).schedule == found.schedule  # as kept
     assert f"{contender.method} at 2x" in read_json(tuner.runs.work / "tuned.json")
 
