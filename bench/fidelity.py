@@ -255,6 +255,7 @@ class Table:
     def begin(self, study: Study) -> None:
         """Drop what was made of this model and sampler with other options."""
         self.study, known = study, read_json(self.path).get("rows", [])
+        study.tuner.forget(self.redo)
         kept = [row for row in known if (row["model"], row["sampler"]) != (study.model, study.sampler)]
         same = [row for row in known if row not in kept and row["made_for"] == study.made_for]
         same = [row for row in same if row["method"] not in self.redo]

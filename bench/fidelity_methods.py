@@ -257,6 +257,14 @@ class Tuner:
         entry = known[key]
         return Tuned(CacheSchedule.from_dict(entry["schedule"]), entry["knob"], entry["speedup"])
 
+    def forget(self, methods: Sequence[str]) -> None:
+        """Tune these anew."""
+        path = self.runs.work / "tuned.json"
+        known = read_json(path)
+        kept = {key: entry for key, entry in known.items() if key.rpartition(" at ")[0] not in methods}
+        if kept != known:
+            write_json(path, kept)
+
     @cached_property
     def made_for(self) -> Record:
         """What settings were tuned for."""

@@ -87,6 +87,8 @@ def test_methods_come_as_near_to_a_budget_as_they_can(contender: Contender, tune
         assert found.speedup == pytest.approx(2.0, rel=0.25)  # of twelve steps, one is eight hundredths
     assert tuner.tuned(contender, 2.0).schedule == found.schedule  # as kept
     assert f"{contender.method} at 2x" in read_json(tuner.runs.work / "tuned.json")
+    tuner.forget([contender.method])
+    assert set(read_json(tuner.runs.work / "tuned.json")) == {"made_for"}
 
 
 def row(method: str, kind: str, psnr: float, frechet: float, budget: float = 2.0) -> Record:
