@@ -108,7 +108,7 @@ def calibrated(pipe: Any) -> None:
         row: dict[str, Any] = {"target": repr(target), "seconds": seconds}
         row["calibration_s"] = second + seconds
         row["after_compilation_s"] = row["calibration_s"] - compiled - (compiling.seconds - before)
-        row |= {"refreshes": len(result.plan.refreshes), "ideal_speedup": found.ideal(len(result.plan.refreshes))}
+        row |= {"refreshes": len(result.plan.refreshes), "ideal_speedup": found.ideal(result.plan)}
         row |= {"predicted_mse": result.predicted, "measured_mse": result.measured}
         cached = compile_with_cache(work.demo.model, result.schedule, num_steps=STEPS)
         row |= work.faster(cached, plain) if isinstance(target, Speedup) else work.within(cached, plain, target)

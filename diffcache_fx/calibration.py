@@ -7,20 +7,22 @@ the rest is planning (`planning`), and the plan is tried before it is returned (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .allotment import Allotment, JointPlan
 from .clock import Clock
 from .compile import user_shapes
 from .errors import CalibrationError
+from .filling import Array, Planned
 from .finding import Findings, find
-from .planning import LONGEST, Planned, Planner
+from .planning import LONGEST, Planner
 from .provenance import Provenance
-from .recording import RecordingDenoiser
+from .recording import RecordingDenoiser, RegionRecord
 from .schedule import CacheSchedule
 from .selection import Selection, Trunk
 from .targets import Psnr, RelativeL1, Target
@@ -28,8 +30,9 @@ from .trial import Trial, planned
 
 Sampler = Callable[[Any, int], Tensor]
 Progress = Callable[[str, int, int], None]
-# Of the steadiness in `planning`.
-TRIED = (0.03, 0.3, 1.0)
+# Of the steadiness in `planning`, beside its own.
+TRIED = (0.03, 1.0)
+MOST_GROUPS = 4
 
 
 def calibrate(model: Any, sampler: Sampler, target: Target, **options: Any) -> CacheSchedule:
@@ -45,11 +48,13 @@ class Calibration:
         the seed alone; returns the final samples [N, ...]. An error target wants twenty of them: with
         fewer, the worst has to meet it.
     regions, storage: as in `Rule`; they are refreshed and reused together. The whole trunk by default: what its first
-        block would cost at every step is better spent on refreshes, where forecasts are fitted.
+        block would cost at every step is better spent on refreshes, where forecasts are fitted. Several selections are
+        planned each with steps of its own (`allotment`), at most four: every combination is a program.
     history: refreshed values that a forecast sees, 1 to 3. longest: most reuses in a row. warm_up: steps at the start
         that refresh.
     memory_cap: most bytes of cache for one guidance branch; shortens the history.
-    probes: steps at which the way of an error to the final sample is measured, each for a generation.
+    probes: steps at which the way of an error of each selection to the final sample is measured, each for part of a
+        generation.
     describe: the sampler in words, for messages. progress: told of each stage.
 
     Raises CalibrationError, naming what cannot be met.
@@ -60,7 +65,7 @@ class Calibration:
         model: Any,
         sampler: Sampler,
         *,
-        regions: Selection | None = None,
+        regions: Selection | Sequence[Selection] | None = None,
         storage: str = "auto",
         history: int = 3,
         longest: int = LONGEST,
@@ -77,20 +82,23 @@ class Calibration:
             check_count(name, value, 1, most)
         check_count("probes", probes, 2, None)
         self.model, self._sample = within(model, sampler)
-        self.regions, self.storage = regions or Trunk(first=0), storage
+        self.groups = tuple(regions) if isinstance(regions, Sequence) else (regions or Trunk(first=0),)
+        if not 1 <= len(self.groups) <= MOST_GROUPS:
+            raise CalibrationError(f"regions must be from 1 to {MOST_GROUPS} selections, not {len(self.groups)}")
+        self.storage = storage
         self.longest, self.warm_up, self.seed = longest, warm_up, seed
         self.backend, self.backend_options = backend, backend_options
         self.told = progress or (lambda stage, done, total: None)
         self.told("record", 0, 1)
         recorder = RecordingDenoiser(
             self.model,
-            [(self.regions, storage)],
+            [(group, storage) for group in self.groups],
             backend=backend,
             **backend_options,
         )
         self.reference = self.run(recorder, seed)
-        self._references, self._moved = {seed: self.reference}, dict[tuple[Planned, int], float]()
-        self._errors: dict[tuple[Planned, Psnr | RelativeL1, int], Tensor] = {}
+        self._references, self._moved = {seed: self.reference}, dict[tuple[JointPlan, int], float]()
+        self._errors: dict[tuple[JointPlan, Psnr | RelativeL1, int], Tensor] = {}
         self.recording = recorder.recording()
         self._known = {seed: recorder.outputs()}
         self._recorder = recorder
@@ -101,12 +109,16 @@ class Calibration:
         shapes = user_shapes(captured.program)
         self.made_for = Provenance.of(self.model, self.recording.timesteps, shapes, describe)
         self.trial = Trial(
-            self.model, self.regions, storage, self.history, self.steps, backend, backend_options, like=recorder
+            self.model, self.groups, storage, self.history, self.steps, backend, backend_options, like=recorder
         )
-        self.gram = sum(region.gram for region in self.recording.regions).numpy()  # type: ignore[union-attr]
-        self.gains = self._measure_gains(probes)
-        self._plans: dict[int, Planned] = {}
-        self.planner = Planner(self.gram, self.gains, history=self.history, longest=self.longest, warm_up=self.warm_up)
+        grams = [self._gram(group) for group in range(len(self.groups))]
+        self.gains = self._measure_gains(grams, probes)
+        self._plans: dict[int, JointPlan] = {}
+        planners = [
+            Planner(gram, gains, history=self.history, longest=self.longest, warm_up=self.warm_up)
+            for gram, gains in zip(grams, self.gains, strict=True)
+        ]
+        self.allotment = Allotment(planners, [self._saved(group) for group in range(len(self.groups))])
 
     # --- measuring -------------------------------------------------------------------------------------------------
 
@@ -134,22 +146,51 @@ class Calibration:
             )
         return max(1, min(history, cap // one))
 
-    def _measure_gains(self, probes: int) -> np.ndarray[Any, Any]:
-        """At some steps, how far the final sample moves when the step before is held, over how far the value is off;
-        in between, by interpolation of logarithms."""
+    def _of(self, group: int) -> list[RegionRecord]:
+        """What was recorded of the regions of one selection."""
+        return [region for region in self.recording.regions if region.rule == group]
+
+    def _saved(self, group: int) -> float:
+        """FLOPs that reusing one selection saves at a step."""
+        return sum(region.flops for region in self._of(group))
+
+    def _gram(self, group: int) -> Array:
+        grams = [region.gram.numpy() for region in self._of(group)]
+        if not grams:
+            raise CalibrationError(f"{self.groups[group]!r} selects nothing that the other selections leave")
+        return np.sum(grams, axis=0)
+
+    def holding(self, held: set[int], group: int | None = None) -> JointPlan:
+        """Compute all steps but these, where the value before is held: of one selection, or of all."""
+        computed = tuple(step for step in range(self.steps) if step not in held)
+        rows = ((1.0,),) * self.steps
+        every = tuple(range(self.steps))
+        return JointPlan(
+            tuple(
+                Planned(computed if group in (None, index) else every, rows, 0.0, 0.0)
+                for index in range(len(self.groups))
+            )
+        )
+
+    def _measure_gains(self, grams: Sequence[Array], probes: int) -> tuple[Array, ...]:
+        """Of each selection, at some steps: how far the final sample moves when the value of the step before is held,
+        over how far that is off; in between, by interpolation of logarithms."""
         first = max(self.warm_up, 1)
         if first >= self.steps:
             raise CalibrationError(f"a run of {self.steps} steps with {self.warm_up} to warm up leaves none to reuse")
         places = np.unique(np.linspace(first, self.steps - 1, probes).round().astype(int))
-        gains = []
-        for index, step in enumerate(places):
-            self.told("probe", index, len(places))
-            held = Planned(tuple(set(range(self.steps)) - {int(step)}), ((1.0,),) * self.steps, 0.0, 0.0)
-            moved = float((self.tried(held, self.seed) - self.reference).norm())
-            inner = self.gram[step, step] - 2 * self.gram[step, step - 1] + self.gram[step - 1, step - 1]
-            gains.append(max(moved, 1e-12) / math.sqrt(max(float(inner), 1e-24)))
-        self.told("probe", len(places), len(places))
-        return np.exp(np.interp(np.arange(self.steps), places, np.log(gains)))
+        found, told = [], 0
+        for group, gram in enumerate(grams):
+            gains = []
+            for step in places.tolist():
+                self.told("probe", told, len(grams) * len(places))
+                told += 1
+                moved = float((self.tried(self.holding({step}, group), self.seed) - self.reference).norm())
+                inner = gram[step, step] - 2 * gram[step, step - 1] + gram[step - 1, step - 1]
+                gains.append(max(moved, 1e-12) / math.sqrt(max(float(inner), 1e-24)))
+            found.append(np.exp(np.interp(np.arange(self.steps), places, np.log(gains))))
+        self.told("probe", told, told)
+        return tuple(found)
 
     # --- planning and trying ---------------------------------------------------------------------------------------
 
@@ -157,43 +198,46 @@ class Calibration:
         """The schedule that meets a target. Raises CalibrationError where none does."""
         return find(self, target)
 
-    def plan(self, refreshes: int) -> Planned:
-        """The best plan with so many refreshes, by the objective; nothing runs."""
+    def plan(self, refreshes: int) -> JointPlan:
+        """The best plan that costs at most so many refreshes of everything, by the objective; nothing runs."""
         if refreshes not in self._plans:
-            self._plans[refreshes] = self.planner.plan(refreshes)
+            self._plans[refreshes] = self.allotment.plan(refreshes)
         return self._plans[refreshes]
 
-    def best(self, refreshes: int, seed: int | None = None) -> Planned:
-        """Of the plans with so many refreshes that trust the linear picture more or less, the one that comes nearest to
-        the uncached samples, as tried on some noise (that of the recording, unless given)."""
-        others = [self.planner.steadier(s).plan(refreshes) for s in TRIED if s != self.planner.steadiness]
-        plans = [self.plan(refreshes), *others, self.planner.drafted(refreshes)]
+    def best(self, refreshes: int, seed: int | None = None) -> JointPlan:
+        """Of the plans of this cost that trust the linear picture more or less (and of several selections, that refresh
+        them together), the one that comes nearest to the uncached samples, as tried on some noise (that of the
+        recording, unless given)."""
+        plans = [self.plan(refreshes), self.allotment.drafted(refreshes)]
+        plans += [self.allotment.steadier(s).plan(refreshes) for s in TRIED]
+        if len(self.groups) > 1:
+            plans.append(self.allotment.together(refreshes))
         return min(plans, key=lambda plan: self.moved(plan, seed))
 
-    def tried(self, plan: Planned, seed: int) -> Tensor:
+    def tried(self, plan: JointPlan, seed: int) -> Tensor:
         """The samples of a generation under a plan; what is known of the uncached one is not computed again."""
-        self.trial.follow(plan.bits, plan.rows, self._known.get(seed))
+        self.trial.follow(plan, self._known.get(seed))
         return self.run(self.trial, seed)
 
-    def timed(self, plan: Planned, uncached: Callable[..., Any]) -> Clock:
+    def timed(self, plan: JointPlan, uncached: Callable[..., Any]) -> Clock:
         """How long the steps of a generation under a plan take, beside the uncached model's."""
-        self.trial.follow(plan.bits, plan.rows)
+        self.trial.follow(plan)
         return self.trial.timed(uncached, lambda: self.run(self.trial, self.seed))
 
-    def moved(self, plan: Planned, seed: int | None = None) -> float:
+    def moved(self, plan: JointPlan, seed: int | None = None) -> float:
         """Mean square error of the final samples under a plan."""
         seed = self.seed if seed is None else seed
         if (plan, seed) not in self._moved:
             self._measure_error(plan, seed)
         return self._moved[plan, seed]
 
-    def errors(self, plan: Planned, target: Psnr | RelativeL1, seed: int) -> Tensor:
+    def errors(self, plan: JointPlan, target: Psnr | RelativeL1, seed: int) -> Tensor:
         """Error of each sample under a plan, from the uncached samples of the same noise."""
         if (plan, target, seed) not in self._errors:
             self._measure_error(plan, seed, target)
         return self._errors[plan, target, seed]
 
-    def _measure_error(self, plan: Planned, seed: int, target: Psnr | RelativeL1 | None = None) -> None:
+    def _measure_error(self, plan: JointPlan, seed: int, target: Psnr | RelativeL1 | None = None) -> None:
         samples, reference = self.tried(plan, seed), self._reference(seed)
         self._moved[plan, seed] = float((samples - reference).square().mean())
         if target is not None:
@@ -206,15 +250,15 @@ class Calibration:
             self._known[seed] = self._recorder.outputs()
         return self._references[seed]
 
-    def schedule(self, plan: Planned) -> CacheSchedule:
+    def schedule(self, plan: JointPlan) -> CacheSchedule:
         """A plan as a schedule, with what it was made for."""
-        return planned(self.regions, self.storage, plan.bits, plan.rows, self.made_for)
+        return planned(self.groups, self.storage, plan, self.made_for)
 
-    def ideal(self, refreshes: int) -> float:
-        """Speed-up by executed FLOPs."""
-        full = self.recording.full_flops
-        saved = sum(region.flops for region in self.recording.regions)
-        return full * self.steps / (full * self.steps - saved * (self.steps - refreshes))
+    def ideal(self, plan: JointPlan | int) -> float:
+        """Speed-up of a plan, or of so many refreshes of everything, by executed FLOPs."""
+        counts = [plan] * len(self.groups) if isinstance(plan, int) else [len(part.refreshes) for part in plan.parts]
+        full = self.recording.full_flops * self.steps
+        return full / (full - sum(self._saved(group) * (self.steps - n) for group, n in enumerate(counts)))
 
     @property
     def least(self) -> int:

@@ -67,8 +67,9 @@ def calibrate(
         table = Table(
             title=f"{model}, {name}, {work.steps} steps: {targets[0]}", show_header=False, title_justify="left"
         )
-        table.add_row("refreshes", f"{len(found.plan.refreshes)} of {work.steps}: {_shown(found.plan.bits)}")
-        table.add_row("speed-up by FLOPs", f"{work.ideal(len(found.plan.refreshes)):.2f}")
+        for part in found.plan.parts:
+            table.add_row("refreshes", f"{len(part.refreshes)} of {work.steps}: {_shown(part.bits)}")
+        table.add_row("speed-up by FLOPs", f"{work.ideal(found.plan):.2f}")
         if found.speedup is not None:
             table.add_row("speed-up measured", f"{found.speedup:.2f}")
         table.add_row("mean square error, predicted", f"{found.predicted:.3g}")

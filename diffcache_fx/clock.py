@@ -15,25 +15,25 @@ from .measure import synchronize
 
 @dataclass
 class Clock:
-    """The uncached model beside a cached one. uncached, refreshes, reuses: seconds of each call so far, by kind; rest:
-    seconds of the generation outside of these calls. On a GPU each call is waited for."""
+    """The uncached model beside a cached one. uncached: seconds of each call so far; cached: the same, by how many
+    regions the call took from the cache; rest: seconds of the generation outside of these calls. On a GPU each call is
+    waited for."""
 
     model: Callable[..., Any]
     uncached: list[float] = field(default_factory=list)
-    refreshes: list[float] = field(default_factory=list)
-    reuses: list[float] = field(default_factory=list)
+    cached: dict[int, list[float]] = field(default_factory=dict)
     rest: float = 0.0
 
-    def call(self, cached: Callable[..., Any], reused: Callable[[], bool], *args: Any, **kwargs: Any) -> Any:
-        """What the cached denoiser returns; both are timed, each first in every other call. reused: whether that call
-        took anything from the cache."""
+    def call(self, cached: Callable[..., Any], reused: Callable[[], int], *args: Any, **kwargs: Any) -> Any:
+        """What the cached denoiser returns; both are timed, each first in every other call. reused: how many regions
+        that call took from the cache."""
         if len(self.uncached) % 2:
             self.uncached.append(_seconds(self.model, *args, **kwargs)[0])
             seconds, output = _seconds(cached, *args, **kwargs)
         else:
             seconds, output = _seconds(cached, *args, **kwargs)
             self.uncached.append(_seconds(self.model, *args, **kwargs)[0])
-        (self.reuses if reused() else self.refreshes).append(seconds)
+        self.cached.setdefault(reused(), []).append(seconds)
         return output
 
     def generation(self, run: Callable[[], Any]) -> None:
@@ -43,23 +43,23 @@ class Clock:
         self.rest = seconds - (self._spent() - before)
 
     def _spent(self) -> float:
-        return sum(self.uncached) + sum(self.refreshes) + sum(self.reuses)
+        return sum(self.uncached) + sum(map(sum, self.cached.values()))
 
     @property
     def whole(self) -> float:
         """Seconds of an uncached generation."""
         return self.rest + len(self.uncached) * statistics.median(self.uncached)
 
-    def cached(self, share: float | None = None) -> float:
-        """Seconds of a cached generation; share: of refreshes among its steps, the one that was timed unless given.
-        Where only one kind of step ran, the other is taken to cost as much."""
-        kinds = [statistics.median(kind or other) for kind, other in self._pairs]
-        share = len(self.refreshes) / len(self.uncached) if share is None else share
-        return self.rest + len(self.uncached) * (share * kinds[0] + (1 - share) * kinds[1])
-
     @property
-    def _pairs(self) -> tuple[tuple[list[float], list[float]], ...]:
-        return (self.refreshes, self.reuses), (self.reuses, self.refreshes)
+    def taken(self) -> float:
+        """Seconds of the cached generation that was timed."""
+        return self.rest + sum(len(found) * statistics.median(found) for found in self.cached.values())
+
+    def expected(self, share: float) -> float:
+        """Seconds of a cached generation that refreshes everything at this share of its steps and nothing at the
+        others; the steps that ran with most and with least from the cache stand for these."""
+        most, least = (statistics.median(self.cached[kind(self.cached)]) for kind in (max, min))
+        return self.rest + len(self.uncached) * (share * least + (1 - share) * most)
 
 
 def _seconds(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, Any]:

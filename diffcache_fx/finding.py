@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from .allotment import JointPlan
 from .errors import CalibrationError
+from .filling import Array
 from .measure import compiled_baseline
-from .planning import Planned
 from .recording import Recording
 from .schedule import CacheSchedule
 from .targets import TARGETS, Latency, Psnr, RelativeL1, Speedup, Target
@@ -24,14 +23,14 @@ COVERED = 0.95
 
 @dataclass(frozen=True)
 class Findings:
-    """What a calibration measured, beside its schedule. gains: [steps], how an error of the regions' values at a step
-    moves the final sample. plan: the chosen one. predicted: mean square error of the final samples to first order,
-    measured: what it was. speedup: measured, None where it was not asked for."""
+    """What a calibration measured, beside its schedule. gains: of each selection [steps], how an error of its values at
+    a step moves the final sample. plan: the chosen one. predicted: mean square error of the final samples to first
+    order, measured: what it was. speedup: measured, None where it was not asked for."""
 
     schedule: CacheSchedule
     recording: Recording
-    gains: np.ndarray[Any, Any]
-    plan: Planned
+    gains: tuple[Array, ...]
+    plan: JointPlan
     predicted: float
     measured: float
     speedup: float | None
@@ -56,7 +55,7 @@ def find(measured: Calibration, target: Target) -> Findings:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def _below(measured: Calibration, target: Psnr | RelativeL1) -> Planned:
+def _below(measured: Calibration, target: Psnr | RelativeL1) -> JointPlan:
     """The plan with the fewest refreshes whose errors stay below the target, on noise that was not planned on, in the
     share of samples that is to be covered. Raises CalibrationError where there is none."""
     low, high = measured.least, measured.steps
@@ -84,7 +83,7 @@ def _below(measured: Calibration, target: Psnr | RelativeL1) -> Planned:
     )
 
 
-def _predicted(plan: Planned, target: Psnr | RelativeL1) -> float:
+def _predicted(plan: JointPlan, target: Psnr | RelativeL1) -> float:
     """A number that the error grows with: a mean square for PSNR, its root for relative L1."""
     error = max(plan.error, 1e-300)
     return error if isinstance(target, Psnr) else math.sqrt(error)
@@ -103,7 +102,7 @@ def _expected(measured: Calibration, target: Psnr | RelativeL1, ratio: float, lo
     return first
 
 
-def _covering(measured: Calibration, plan: Planned, target: Psnr | RelativeL1) -> float:
+def _covering(measured: Calibration, plan: JointPlan, target: Psnr | RelativeL1) -> float:
     """The error that the share of samples which is to be covered stays below."""
     errors = measured.errors(plan, target, measured.seed + 1).sort().values
     rank = min(math.ceil(COVERED * (len(errors) + 1)), len(errors))
@@ -113,7 +112,7 @@ def _covering(measured: Calibration, plan: Planned, target: Psnr | RelativeL1) -
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def _faster(measured: Calibration, target: Speedup | Latency) -> tuple[Planned, float]:
+def _faster(measured: Calibration, target: Speedup | Latency) -> tuple[JointPlan, float]:
     """The plan with the most refreshes that is fast enough, as measured against the uncached model in turn."""
     uncached = compiled_baseline(measured.model, measured.backend, measured.backend_options)
     least, steps = measured.least, measured.steps
@@ -124,18 +123,18 @@ def _faster(measured: Calibration, target: Speedup | Latency) -> tuple[Planned, 
         told += 1
         clock = measured.timed(measured.plan(count), uncached)  # how fast it is does not depend on the weights
         wanted = target.seconds if isinstance(target, Latency) else clock.whole / target.times
-        if clock.cached() <= wanted:
-            reached = count, clock.whole / clock.cached()
+        if clock.taken <= wanted:
+            reached = count, clock.whole / clock.taken
         else:
             bound = count - 1
         if bound < least:
             raise CalibrationError(
                 f"{target} cannot be met: with the fewest refreshes allowed ({least} of {steps}) a generation takes "
-                f"{clock.cached(least / steps):.3g} s and the uncached one {clock.whole:.3g} s. Allow longer runs of "
+                f"{clock.expected(least / steps):.3g} s and the uncached one {clock.whole:.3g} s. Allow longer runs of "
                 "reuses, or cache more of the model"
             )
         low = least if reached is None else reached[0]
-        able = [n for n in range(low, bound + 1) if clock.cached(n / steps) <= wanted]
+        able = [n for n in range(low, bound + 1) if clock.expected(n / steps) <= wanted]
         count = max(able, default=low)
         if reached is not None and count == reached[0]:
             measured.told("time", told, told)

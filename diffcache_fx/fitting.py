@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import CalibrationError
 from .forecasts import Taylor
-from .planning import LONGEST, Array, Planned, Planner
+from .planning import LONGEST, Array, Planner
 from .recording import Recording, RegionRecord
 
 if TYPE_CHECKING:
@@ -182,8 +182,7 @@ def segment_errors(calibration: Calibration, longest: int = LONGEST) -> Array:
         for end in range(first + 2, min(first + longest + 1, steps) + 1):
             calibration.told("segments", first, steps)
             held = set(range(first + 1, end))
-            plan = Planned(tuple(step for step in range(steps) if step not in held), ((1.0,),) * steps, 0.0, 0.0)
-            samples = calibration.tried(plan, calibration.seed)
+            samples = calibration.tried(calibration.holding(held), calibration.seed)
             errors[first, end] = float((samples - calibration.reference).abs().mean())
     calibration.told("segments", steps, steps)
     return errors

@@ -7,6 +7,7 @@ step is filled by its own least squares; then refreshes are moved for as long as
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -100,12 +101,7 @@ class Planner(Filling):
     def selected(self, refreshes: int) -> tuple[int, ...]:
         """At most so many refreshes, by dynamic programming: exact for the sum of `run_errors`."""
         tables = self._solved()
-        ends = [
-            (error + tail, count, past)
-            for count in range(self.warm_up, min(refreshes, self.steps) + 1)
-            for past, (error, _) in tables[count].items()
-            if (tail := self._tail(past)) is not None
-        ]
+        ends = [end for count in range(self.warm_up, min(refreshes, self.steps) + 1) for end in self._ends(count)]
         if not ends:
             raise CalibrationError(
                 f"{refreshes} refreshes in {self.steps} steps need runs of more than {self.longest} reuses: allow more "
@@ -118,6 +114,19 @@ class Planner(Filling):
             chosen.add(state[0])
             count, state = count - 1, tables[count][state][1]
         return tuple(sorted(chosen))
+
+    def _ends(self, count: int) -> Iterator[tuple[float, int, tuple[int, ...]]]:
+        """Whole plans with so many refreshes: error, count and the state at the last of them."""
+        for past, (error, _) in self._solved()[count].items():
+            tail = self._tail(past)
+            if tail is not None:
+                yield error + tail, count, past
+
+    @cached_property
+    def least_errors(self) -> Array:
+        """By number of refreshes, from 0 to all steps: the least sum of `run_errors`; infinite where there is none."""
+        counts = range(self.steps + 1)
+        return np.array([min((error for error, *_ in self._ends(n)), default=np.inf) for n in counts])
 
     def run_errors(self, past: tuple[int, ...]) -> Array:
         """|sum_(t in run) g_t d_t|^2 of the run of reuses after the refreshes `past` (newest first), for each length

@@ -53,7 +53,7 @@ def calibration_page(model: str, work: Calibration, found: Findings, target: Any
     count = len(found.plan.refreshes)
     facts = {
         "refreshes": f"{count} of {work.steps}",
-        "speed-up by FLOPs": f"{work.ideal(count):.2f}",
+        "speed-up by FLOPs": f"{work.ideal(found.plan):.2f}",
         "mean square error, predicted": f"{found.predicted:.3g}",
         "mean square error, measured": f"{found.measured:.3g}",
     }
@@ -68,7 +68,8 @@ def calibration_page(model: str, work: Calibration, found: Findings, target: Any
     page.section("How values change", "Relative L1 change from step to step, of each block where the model has blocks.")
     page.picture("changes", figures.change_map(_blocks(work)), "relative L1 change by region and step")
     page.section("How errors travel", "How far the final sample moves for a value that is off at a step, by step.")
-    gains = {"gain": [float(gain) for gain in found.gains]}
+    titles = [repr(group) for group in work.groups] if len(work.groups) > 1 else ["gain"]
+    gains = {title: [float(gain) for gain in own] for title, own in zip(titles, found.gains, strict=True)}
     page.picture("gains", figures.lines(gains, "step", "gain", log=True), "gain by step")
     page.section("Other budgets", "PSNR to the uncached samples as predicted to first order, and as measured here.")
     page.picture("budgets", figures.quality_against_speed(_budgets(work, found), "speed-up by FLOPs"), "PSNR by budget")
@@ -108,5 +109,5 @@ def _budgets(work: Calibration, found: Findings) -> dict[str, list[tuple[float, 
     pixels = work.reference.numel()
     with torch.no_grad():
         predicted = [(work.ideal(int(n)), decibels(work.plan(int(n)).error / pixels)) for n in counts]
-    here = (work.ideal(len(found.plan.refreshes)), decibels(found.measured))
+    here = (work.ideal(found.plan), decibels(found.measured))
     return {"predicted": predicted, "measured": [here]}

@@ -1,4 +1,4 @@
-"""Trying plans: one cached denoiser, compiled once, that follows any plan for one group of regions."""
+"""Trying plans: one cached denoiser, compiled once, that follows any plan for its groups of regions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .allotment import JointPlan
 from .clock import Clock
 from .compile import Options
 from .denoiser import CachedDenoiser
@@ -56,7 +57,7 @@ class Trial(ExchangeableDenoiser):
     def __init__(
         self,
         model: nn.Module,
-        regions: Selection,
+        groups: Sequence[Selection],
         storage: str,
         history: int,
         steps: int,
@@ -64,16 +65,16 @@ class Trial(ExchangeableDenoiser):
         backend_options: Mapping[str, Any],
         like: CachedDenoiser | None = None,
     ) -> None:
-        self_made = CacheSchedule(NAME, (Rule(regions, Interval(2), Binomial(history), storage),))
-        options = Options(backend, steps, backend_options=backend_options)
-        super().__init__(model, self_made, options, like=like)
+        rules = tuple(Rule(regions, Interval(2), Binomial(history), storage) for regions in groups)
+        options = Options(backend, steps, max_programs=2 ** len(groups), backend_options=backend_options)
+        super().__init__(model, CacheSchedule(NAME, rules), options, like=like)
         self._own["known"], self._own["first"], self._own["clock"] = {}, 0, None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         clock: Clock | None = self._own["clock"]
         if clock is None:
             return super().forward(*args, **kwargs)
-        return clock.call(super().forward, lambda: bool(self.stats().decisions[-1].reused), *args, **kwargs)
+        return clock.call(super().forward, lambda: len(self.stats().decisions[-1].reused), *args, **kwargs)
 
     def timed(self, uncached: Callable[..., Any], generation: Callable[[], Any]) -> Clock:
         """Beside the uncached model, in a generation with this denoiser."""
@@ -84,12 +85,13 @@ class Trial(ExchangeableDenoiser):
             self._own["clock"] = None
         return clock
 
-    def follow(self, bits: Sequence[bool], rows: Sequence[Sequence[float]], known: Replay | None = None) -> None:
+    def follow(self, plan: JointPlan, known: Replay | None = None) -> None:
         """From the next generation on, of all threads. known: what the model returns in the uncached run that begins
         with the same noise; steps before the first refresh that matters are not computed again."""
-        (rule,) = self._own["schedule"].rules
-        self._own["known"], self._own["first"] = known or {}, first_used(bits, rows)
-        self.exchange(planned(rule.regions, rule.storage, bits, rows))
+        rules = self._own["schedule"].rules
+        self._own["known"] = known or {}
+        self._own["first"] = min(first_used(part.bits, part.rows) for part in plan.parts)
+        self.exchange(planned([rule.regions for rule in rules], rules[0].storage, plan))
 
     def _make_driver(self) -> Driver:
         num_steps = self._own["options"].num_steps
@@ -104,13 +106,12 @@ def first_used(bits: Sequence[bool], rows: Sequence[Sequence[float]]) -> int:
 
 
 def planned(
-    regions: Selection,
-    storage: str,
-    bits: Sequence[bool],
-    rows: Sequence[Sequence[float]],
-    made_for: Provenance | None = None,
+    groups: Sequence[Selection], storage: str, plan: JointPlan, made_for: Provenance | None = None
 ) -> CacheSchedule:
-    """A plan as a schedule: a bit and a row of weights for each step."""
-    table = tuple(tuple(float(weight) for weight in row) for row in rows)
-    rule = Rule(regions, Mask(tuple((bool(bit),) for bit in bits)), Rows(table), storage)
-    return CacheSchedule(NAME, (rule,), made_for=made_for)
+    """A plan as a schedule: of each group a bit and a row of weights for each step."""
+    rules = []
+    for regions, part in zip(groups, plan.parts, strict=True):
+        table = tuple(tuple(float(weight) for weight in row) for row in part.rows)
+        bits = Mask(tuple((bool(bit),) for bit in part.bits))
+        rules.append(Rule(regions, bits, Rows(table), storage))
+    return CacheSchedule(NAME, tuple(rules), made_for=made_for)

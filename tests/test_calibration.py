@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from diffcache_fx import CacheSchedule, Trunk, compile_with_cache, export, schedules
+from diffcache_fx.allotment import JointPlan
 from diffcache_fx.calibration import Calibration, calibrate
 from diffcache_fx.clock import Clock
 from diffcache_fx.errors import CalibrationError
 from diffcache_fx.fitting import minimax_plan, segment_errors
 from diffcache_fx.forecasts import Linear
 from diffcache_fx.measure import relative_error
-from diffcache_fx.planning import Planned
 from diffcache_fx.provenance import hash_of_weights
 from diffcache_fx.targets import Latency, Psnr, RelativeL1, Speedup
 from diffcache_fx.trial import first_used
@@ -94,11 +94,12 @@ def test_a_speedup_is_found_from_the_time_of_each_call(
     seconds = {"uncached": 1.0, "refresh": 1.1, "reuse": 0.1}
     timed: list[int] = []
 
-    def time(plan: Planned, uncached: Any) -> Clock:
+    def time(plan: JointPlan, uncached: Any) -> Clock:
         timed.append(sum(plan.bits))
-        kinds = [seconds["refresh"] if bit else seconds["reuse"] for bit in plan.bits]
-        refreshes, reuses = ([kind for kind in kinds if (kind > 1) == more] for more in (True, False))
-        return Clock(uncached, [seconds["uncached"]] * STEPS, refreshes, reuses, rest=0.5)
+        kinds = {0: [seconds["refresh"]] * sum(plan.bits), 1: [seconds["reuse"]] * (STEPS - sum(plan.bits))}
+        return Clock(
+            uncached, [seconds["uncached"]] * STEPS, {kind: taken for kind, taken in kinds.items() if taken}, 0.5
+        )
 
     monkeypatch.setattr(calibration, "timed", time)
     for times in (1.2, 2.0, 3.0):
@@ -135,7 +136,7 @@ def test_without_a_history_values_are_held() -> None:
     """What is planned is what runs: one slot holds its value as it is."""
     calibration = Calibration(MODEL, sampler, backend="eager", history=1)
     plan = calibration.plan(5)
-    assert set(plan.rows) == {(1.0,)}
+    assert set(plan.parts[0].rows) == {(1.0,)}
     predicted, measured = plan.error / calibration.reference.numel(), mse(calibration.schedule(plan), 0)
     assert predicted / 5 < measured < predicted * 5
 
@@ -245,15 +246,15 @@ def test_a_target_is_one_of_four(calibration: Calibration) -> None:
 
 def test_what_is_known_of_the_uncached_run_is_not_computed_again(calibration: Calibration) -> None:
     """Up to the first value that is reused, and with the same samples."""
-    held = [(1.0,)] * STEPS
-    plan = Planned(tuple(step for step in range(STEPS) if step != 7), tuple(held), 0.0, 0.0)
+    plan = calibration.holding({7})
     replayed = calibration.tried(plan, 0)
     assert [decision.reason for decision in calibration.trial.stats().decisions][:6] == ["replayed"] * 6
-    calibration.trial.follow(plan.bits, plan.rows)
+    calibration.trial.follow(plan)
     assert relative_error(replayed, sampler(calibration.trial, 0)) < 1e-6
-    assert first_used(plan.bits, held) == 6
-    assert first_used(plan.bits, [(0.5, 0.5)] * STEPS) == 5
-    assert first_used((True,) * STEPS, held) == STEPS
+    (part,) = plan.parts
+    assert first_used(part.bits, part.rows) == 6
+    assert first_used(part.bits, [(0.5, 0.5)] * STEPS) == 5
+    assert first_used((True,) * STEPS, part.rows) == STEPS
 
 
 def test_a_sampler_of_several_generations_replays_none() -> None:

@@ -1,0 +1,112 @@
+"""Plans for several groups of regions that are refreshed each at steps of its own: how many refreshes each group gets
+of a common budget, and when.
+
+Errors of different groups are taken to add up. What each group is off by with n refreshes comes from the dynamic
+programme of its own planner; which n to take is a knapsack, solved exactly by merging the groups' fronts of cost
+against error one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .errors import CalibrationError
+from .filling import Array, Planned
+from .planning import Planner
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """A plan for each group of regions, in their order."""
+
+    parts: tuple[Planned, ...]
+
+    @property
+    def refreshes(self) -> tuple[int, ...]:
+        """The steps at which any group refreshes."""
+        return tuple(sorted({step for part in self.parts for step in part.refreshes}))
+
+    @property
+    def bits(self) -> tuple[bool, ...]:
+        """Of each step, whether any group refreshes."""
+        return tuple(any(step) for step in zip(*(part.bits for part in self.parts), strict=True))
+
+    @property
+    def error(self) -> float:
+        """Squared distance of the final samples, predicted."""
+        return sum(part.error for part in self.parts)
+
+    @property
+    def objective(self) -> float:
+        return sum(part.objective for part in self.parts)
+
+
+class Allotment:
+    """Shares refreshes among groups. planners: one for each group, of one run. costs: FLOPs that a refresh of each
+    group takes. A budget is given as the number of steps at which all groups might refresh."""
+
+    def __init__(self, planners: Sequence[Planner], costs: Sequence[float]) -> None:
+        if len(planners) != len(costs) or not planners:
+            raise CalibrationError(f"{len(planners)} groups of regions have {len(costs)} costs")
+        self.planners, self.costs = tuple(planners), tuple(float(cost) for cost in costs)
+
+    def steadier(self, steadiness: float) -> Allotment:
+        """One that trusts the linear picture less, or more."""
+        return Allotment([planner.steadier(steadiness) for planner in self.planners], self.costs)
+
+    def plan(self, refreshes: int) -> JointPlan:
+        """The plan of least error that costs at most so many refreshes of all groups."""
+        return self._planned(refreshes, Planner.plan)
+
+    def drafted(self, refreshes: int) -> JointPlan:
+        """The same as dynamic programming leaves it (`Planner.drafted`)."""
+        return self._planned(refreshes, Planner.drafted)
+
+    def together(self, refreshes: int) -> JointPlan:
+        """All groups refreshed at the same steps, those that are best for them as one; each is filled by itself."""
+        steps = self._as_one.plan(refreshes).refreshes
+        return JointPlan(tuple(planner.filled(steps) for planner in self.planners))
+
+    def _planned(self, refreshes: int, make: Callable[[Planner, int], Planned]) -> JointPlan:
+        counts = self.counts(refreshes)
+        return JointPlan(tuple(make(planner, n) for planner, n in zip(self.planners, counts, strict=True)))
+
+    def counts(self, refreshes: int) -> tuple[int, ...]:
+        """How often each group refreshes. Raises CalibrationError where the budget is too small for the longest
+        runs."""
+        budget = refreshes * sum(self.costs) * (1 + 1e-9)
+        front: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]
+        for planner, cost in zip(self.planners, self.costs, strict=True):
+            errors = planner.least_errors
+            merged = sorted(
+                (spent + n * cost, error + float(errors[n]), (*taken, n))
+                for spent, error, taken in front
+                for n in np.flatnonzero(np.isfinite(errors)).tolist()
+                if spent + n * cost <= budget
+            )
+            front, least = [], np.inf
+            for entry in merged:  # dearer only where the error is less
+                if entry[1] < least:
+                    front.append(entry)
+                    least = entry[1]
+        if not front:
+            self.planners[0].selected(refreshes)  # says what forbids it
+            raise CalibrationError(f"{refreshes} refreshes are too few for runs of this length in every group")
+        return front[-1][2]
+
+    @cached_property
+    def _as_one(self) -> Planner:
+        """Of all values in one, each weighed by its own gains."""
+        first = self.planners[0]
+        weighed: Array = np.sum([p.gram * np.outer(p.gains, p.gains) for p in self.planners], axis=0)
+        gains = np.sqrt(np.diag(weighed) / np.sum([np.diag(p.gram) for p in self.planners], axis=0))
+        gram = weighed / np.outer(gains, gains)
+        options = {"history": first.history, "longest": first.longest, "warm_up": first.warm_up}
+        return Planner(gram, gains, **options)
+
+
+__all__ = ["Allotment", "JointPlan"]
