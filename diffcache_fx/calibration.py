@@ -18,9 +18,10 @@ from .allotment import Allotment, JointPlan
 from .clock import Clock
 from .compile import user_shapes
 from .errors import CalibrationError
-from .filling import Array, Planned
+from .filling import Array
 from .finding import Findings, find
 from .planning import LONGEST, Planner
+from .probing import gains
 from .provenance import Provenance
 from .recording import RecordingDenoiser, RegionRecord
 from .schedule import CacheSchedule
@@ -112,11 +113,11 @@ class Calibration:
             self.model, self.groups, storage, self.history, self.steps, backend, backend_options, like=recorder
         )
         grams = [self._gram(group) for group in range(len(self.groups))]
-        self.gains = self._measure_gains(grams, probes)
+        self.gains = gains(self, grams, probes)
         self._plans: dict[int, JointPlan] = {}
         planners = [
-            Planner(gram, gains, history=self.history, longest=self.longest, warm_up=self.warm_up)
-            for gram, gains in zip(grams, self.gains, strict=True)
+            Planner(gram, own, history=self.history, longest=self.longest, warm_up=self.warm_up)
+            for gram, own in zip(grams, self.gains, strict=True)
         ]
         self.allotment = Allotment(planners, [self._saved(group) for group in range(len(self.groups))])
 
@@ -155,42 +156,7 @@ class Calibration:
         return sum(region.flops for region in self._of(group))
 
     def _gram(self, group: int) -> Array:
-        grams = [region.gram.numpy() for region in self._of(group)]
-        if not grams:
-            raise CalibrationError(f"{self.groups[group]!r} selects nothing that the other selections leave")
-        return np.sum(grams, axis=0)
-
-    def holding(self, held: set[int], group: int | None = None) -> JointPlan:
-        """Compute all steps but these, where the value before is held: of one selection, or of all."""
-        computed = tuple(step for step in range(self.steps) if step not in held)
-        rows = ((1.0,),) * self.steps
-        every = tuple(range(self.steps))
-        return JointPlan(
-            tuple(
-                Planned(computed if group in (None, index) else every, rows, 0.0, 0.0)
-                for index in range(len(self.groups))
-            )
-        )
-
-    def _measure_gains(self, grams: Sequence[Array], probes: int) -> tuple[Array, ...]:
-        """Of each selection, at some steps: how far the final sample moves when the value of the step before is held,
-        over how far that is off; in between, by interpolation of logarithms."""
-        first = max(self.warm_up, 1)
-        if first >= self.steps:
-            raise CalibrationError(f"a run of {self.steps} steps with {self.warm_up} to warm up leaves none to reuse")
-        places = np.unique(np.linspace(first, self.steps - 1, probes).round().astype(int))
-        found, told = [], 0
-        for group, gram in enumerate(grams):
-            gains = []
-            for step in places.tolist():
-                self.told("probe", told, len(grams) * len(places))
-                told += 1
-                moved = float((self.tried(self.holding({step}, group), self.seed) - self.reference).norm())
-                inner = gram[step, step] - 2 * gram[step, step - 1] + gram[step - 1, step - 1]
-                gains.append(max(moved, 1e-12) / math.sqrt(max(float(inner), 1e-24)))
-            found.append(np.exp(np.interp(np.arange(self.steps), places, np.log(gains))))
-        self.told("probe", told, told)
-        return tuple(found)
+        return np.sum([region.gram.numpy() for region in self._of(group)], axis=0)
 
     # --- planning and trying ---------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import numpy as np
 from .errors import CalibrationError
 from .forecasts import Taylor
 from .planning import LONGEST, Array, Planner
+from .probing import holding
 from .recording import Recording, RegionRecord
 
 if TYPE_CHECKING:
@@ -176,13 +177,15 @@ def segment_errors(calibration: Calibration, longest: int = LONGEST) -> Array:
     value computed at step i is held up to step j, and all other steps compute; 0 for j = i + 1, infinite where the run
     is longer than `longest`. Each is the rest of a generation."""
     steps = calibration.steps
+    if len(calibration.groups) > 1:
+        raise CalibrationError("segments are measured of one selection, and this calibration has several")
     errors = np.full((steps, steps + 1), np.inf)
     for first in range(steps):
         errors[first, first + 1] = 0.0
         for end in range(first + 2, min(first + longest + 1, steps) + 1):
             calibration.told("segments", first, steps)
             held = set(range(first + 1, end))
-            samples = calibration.tried(calibration.holding(held), calibration.seed)
+            samples = calibration.tried(holding(held, steps), calibration.seed)
             errors[first, end] = float((samples - calibration.reference).abs().mean())
     calibration.told("segments", steps, steps)
     return errors

@@ -19,6 +19,7 @@ from diffcache_fx.errors import CalibrationError
 from diffcache_fx.fitting import minimax_plan, segment_errors
 from diffcache_fx.forecasts import Linear
 from diffcache_fx.measure import relative_error
+from diffcache_fx.probing import holding
 from diffcache_fx.provenance import hash_of_weights
 from diffcache_fx.targets import Latency, Psnr, RelativeL1, Speedup
 from diffcache_fx.trial import first_used
@@ -246,7 +247,7 @@ def test_a_target_is_one_of_four(calibration: Calibration) -> None:
 
 def test_what_is_known_of_the_uncached_run_is_not_computed_again(calibration: Calibration) -> None:
     """Up to the first value that is reused, and with the same samples."""
-    plan = calibration.holding({7})
+    plan = holding({7}, STEPS)
     replayed = calibration.tried(plan, 0)
     assert [decision.reason for decision in calibration.trial.stats().decisions][:6] == ["replayed"] * 6
     calibration.trial.follow(plan)
