@@ -202,7 +202,7 @@ class Tuner:
             nearest = min(off, key=off.__getitem__)
             plan = work.best(nearest, work.seed + 1)
             far = off[nearest] > REACHED
-            found.append((far, off[nearest] if far else work.moved(plan, work.seed + 1), work.schedule(plan)))
+            found.append((far, off[nearest] if far else work.level(plan, work.seed + 1), work.schedule(plan)))
         return min(found, key=lambda entry: entry[:2])[2]
 
     def learned(self, refreshes: int) -> CacheSchedule:

@@ -99,6 +99,7 @@ class Calibration:
         )
         self.reference = self.run(recorder, seed)
         self._references, self._moved = {seed: self.reference}, dict[tuple[JointPlan, int], float]()
+        self._levels: dict[tuple[JointPlan, int], float] = {}
         self._errors: dict[tuple[JointPlan, Psnr | RelativeL1, int], Tensor] = {}
         self.recording = recorder.recording()
         self._known = {seed: recorder.outputs()}
@@ -171,14 +172,14 @@ class Calibration:
         return self._plans[refreshes]
 
     def best(self, refreshes: int, seed: int | None = None) -> JointPlan:
-        """Of the plans of this cost that trust the linear picture more or less (and of several selections, that refresh
-        them together), the one that comes nearest to the uncached samples, as tried on some noise (that of the
-        recording, unless given)."""
+        """Of the plans of this cost that trust the linear picture more or less (and, of several selections, that
+        refresh them together), the one whose samples come nearest to the uncached ones, by mean PSNR, as tried on some
+        noise (that of the recording, unless given)."""
         plans = [self.plan(refreshes), self.allotment.drafted(refreshes)]
         plans += [self.allotment.steadier(s).plan(refreshes) for s in TRIED]
         if len(self.groups) > 1:
             plans.append(self.allotment.together(refreshes))
-        return min(plans, key=lambda plan: self.moved(plan, seed))
+        return min(plans, key=lambda plan: self.level(plan, seed))
 
     def tried(self, plan: JointPlan, seed: int) -> Tensor:
         """The samples of a generation under a plan; what is known of the uncached one is not computed again."""
@@ -197,6 +198,14 @@ class Calibration:
             self._measure_error(plan, seed)
         return self._moved[plan, seed]
 
+    def level(self, plan: JointPlan, seed: int | None = None) -> float:
+        """Mean logarithm of the mean square error of each final sample under a plan: what mean PSNR tells. Unlike the
+        mean it does not hang on the one sample that a plan happens to turn to something else."""
+        seed = self.seed if seed is None else seed
+        if (plan, seed) not in self._levels:
+            self._measure_error(plan, seed)
+        return self._levels[plan, seed]
+
     def errors(self, plan: JointPlan, target: Psnr | RelativeL1, seed: int) -> Tensor:
         """Error of each sample under a plan, from the uncached samples of the same noise."""
         if (plan, target, seed) not in self._errors:
@@ -205,7 +214,9 @@ class Calibration:
 
     def _measure_error(self, plan: JointPlan, seed: int, target: Psnr | RelativeL1 | None = None) -> None:
         samples, reference = self.tried(plan, seed), self._reference(seed)
-        self._moved[plan, seed] = float((samples - reference).square().mean())
+        each = (samples - reference).square().flatten(1).mean(1)
+        self._moved[plan, seed] = float(each.mean())
+        self._levels[plan, seed] = float(each.clamp_min(torch.finfo(each.dtype).tiny).log().mean())
         if target is not None:
             self._errors[plan, target, seed] = target.error(samples, reference)
 

@@ -30,9 +30,9 @@ from diffcache_fx.guidance import Reconstruct
 from diffcache_fx.references import BlocksOutput, ModelOutput
 
 from .conftest import sample
-from .test_decisions import NET, shared_net  # noqa: F401
+from .test_decisions import NET
 
-pytestmark = pytest.mark.usefixtures("one_thread", "shared_net")
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAN, INF = float("nan"), float("inf")
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 

@@ -21,7 +21,7 @@ from diffcache_fx.measure import relative_error
 
 from .conftest import sample
 
-pytestmark = pytest.mark.usefixtures("one_thread", "shared_capture")
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL, STEPS = "DiTTransformer2DModel", 6
 
 

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-import diffcache_fx.compile as compiling
 from bench.zoo import tensors
 from diffcache_fx import (
     CachedDenoiser,
@@ -35,7 +33,7 @@ from diffcache_fx.references import BlocksOutput
 from .conftest import argument, equal, sample, steps_of, worst
 from .test_passes_signals import Net
 
-pytestmark = pytest.mark.usefixtures("one_thread", "shared_net")
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 20
 NET = Net().eval()
 MODES = ("host", "graph", "lagged")
@@ -47,28 +45,6 @@ KINDS: dict[str, Callable[[float], CacheSchedule]] = {
     "di_cache": lambda threshold: schedules.di_cache(threshold),
     "speca": lambda threshold: schedules.speca(threshold, decay=0.5, floor=0.0, least=0),
 }
-
-
-_captures: dict[int, Any] = {}
-
-
-def share_capture(monkeypatch: pytest.MonkeyPatch, shared: nn.Module, *call: torch.Tensor) -> None:
-    """All cached denoisers around a hand-made module take one capture of it, for calls of these shapes."""
-    others = compiling.capture
-
-    def reuse(module: nn.Module, args: Any = (), kwargs: Any = None, **options: Any) -> Any:
-        if module is not shared or [arg.shape for arg in args] != [arg.shape for arg in call]:
-            return others(module, args, kwargs, **options)
-        if id(module) not in _captures:
-            _captures[id(module)] = others(module, call, {})
-        return _captures[id(module)]
-
-    monkeypatch.setattr(compiling, "capture", reuse)
-
-
-@pytest.fixture
-def shared_net(monkeypatch: pytest.MonkeyPatch, shared_capture: None) -> None:
-    share_capture(monkeypatch, NET, start(0), torch.tensor(1.0))
 
 
 def strict(module: Any, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:

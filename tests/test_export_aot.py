@@ -23,7 +23,6 @@ from .drawing import SCHEDULES, STEPS, decided_alike, drawn, forced, letters, ma
 from .test_export_onnx import FEW, decisions, generation
 
 pytestmark = [
-    pytest.mark.usefixtures("shared_capture"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++"),
 ]
 HOST = Path(__file__).parent / "cpp_host"

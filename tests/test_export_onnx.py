@@ -29,7 +29,7 @@ from diffcache_fx.measure import relative_error
 
 from .conftest import sample
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "shared_capture")]
+pytestmark = [pytest.mark.usefixtures("one_thread")]
 
 # All of the corpus: `python -m bench.exports`.
 FEW = ("DiTTransformer2DModel", "UNet2DConditionModel", "FluxTransformer2DModel", "WanTransformer3DModel")

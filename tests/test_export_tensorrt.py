@@ -19,7 +19,6 @@ from diffcache_fx.measure import relative_error
 from .conftest import digits_denoiser, sample
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx-cu13")
-pytestmark = pytest.mark.usefixtures("shared_capture")
 STEPS = 20
 
 

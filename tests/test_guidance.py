@@ -28,9 +28,8 @@ from diffcache_fx import (
 from diffcache_fx.guidance import Reconstruct, is_unconditional
 
 from .conftest import equal, sample, worst
-from .test_decisions import share_capture
 
-pytestmark = pytest.mark.usefixtures("one_thread", "shared_painter")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Attention(nn.Module):
@@ -79,11 +78,6 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
 
 PROMPT, EMPTY = noise(100, 2, 3, 8), noise(101, 2, 3, 8)
 TEXTS = {"cond": PROMPT, "uncond": EMPTY}
-
-
-@pytest.fixture
-def shared_painter(monkeypatch: pytest.MonkeyPatch, shared_capture: None) -> None:
-    share_capture(monkeypatch, PAINTER, latents(0), moment(0), PROMPT)
 
 
 def latents(step: int) -> torch.Tensor:

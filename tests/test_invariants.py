@@ -22,7 +22,7 @@ from diffcache_fx.program import InputKind, StepProgram, returned
 
 from .conftest import Sample, equal, history, hold_rows, run, sample, steps_of, storages, worst
 
-pytestmark = pytest.mark.usefixtures("one_thread", "shared_capture")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # U-Nets whose scales hold whole stages have no chain of blocks.
 UNETS = {

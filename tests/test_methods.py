@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import diffcache_fx.compile as compiling
 from bench.zoo import corpus
 from diffcache_fx import CachedDenoiser, CacheSchedule, Trunk, compile_with_cache, schedules
-from diffcache_fx.capture import capture
 from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.measure import compiler_use
 
@@ -136,21 +134,6 @@ ADAPTIVE = tuple(name for name, case in CASES.items() if case.schedule.adaptive)
 @cache
 def model_of(name: str) -> nn.Module:
     return load_digits().model if name == "digits" else corpus()[name].build()
-
-
-_captures: dict[Any, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One capture for all methods on a model."""
-
-    def once(module: nn.Module, args: Any = (), kwargs: Any = None, **options: Any) -> Any:
-        if id(module) not in _captures:
-            _captures[id(module)] = capture(module, args, kwargs, **options)
-        return _captures[id(module)]
-
-    monkeypatch.setattr(compiling, "capture", once)
 
 
 def generation(call: Callable[..., Any], case: Case, steps: int = STEPS) -> list[Tensor]:

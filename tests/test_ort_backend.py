@@ -15,7 +15,7 @@ from diffcache_fx.measure import relative_error
 from .conftest import sample
 from .test_export_onnx import FEW, decisions, generation
 
-pytestmark = pytest.mark.usefixtures("one_thread", "shared_capture")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(module: Any, name: str, schedule: CacheSchedule, backend: str, **options: Any) -> Any:

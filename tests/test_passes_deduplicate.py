@@ -89,7 +89,7 @@ def test_blocks_that_embed_the_same_timestep() -> None:
     assert equal(list(first.state.values()), list(second.state.values()))
 
 
-def test_the_eager_backend_runs_it(shared_capture: None) -> None:
+def test_the_eager_backend_runs_it() -> None:
     found = sample("DiTTransformer2DModel")
     cached = compile_with_cache(found.module, "fora", backend="eager", example_inputs=(found.args, found.kwargs))
     with torch.no_grad():

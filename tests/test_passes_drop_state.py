@@ -17,7 +17,7 @@ from diffcache_fx.program import OutputKind
 
 from .conftest import equal, run, sample, text
 
-pytestmark = pytest.mark.usefixtures("one_thread", "shared_capture")
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = "DiTTransformer2DModel"
 
 

@@ -17,7 +17,7 @@ from diffcache_fx.measure import relative_error
 from .conftest import sample
 from .test_export_onnx import FEW, decisions, generation
 
-pytestmark = pytest.mark.usefixtures("one_thread", "shared_capture")
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCHEDULES = {"static": schedules.interval(3, forecast=Linear()), "split": schedules.first_block_cache(0.1)}
 
 

@@ -16,7 +16,7 @@ from diffcache_fx.errors import ExportError
 from .conftest import sample
 from .test_bundle import inputs
 
-pytestmark = pytest.mark.usefixtures("one_thread", "shared_capture")
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL, STEPS = "DiTTransformer2DModel", 6
 
 
