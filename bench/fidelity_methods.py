@@ -45,7 +45,7 @@ from diffcache_fx.provenance import hash_of_weights
 OURS = "calibrated plan"
 CALIBRATED_ON, IMAGES = 11, 20  # a seed that no scored image has, and samples of it
 TUNED_ON, FEW = 12, 10
-LONGEST = 20
+LONGEST, REFINE = 20, 16
 REACHED = 0.06  # a method reaches a budget whose logarithm is at most so far off
 Knob = float
 Made = Callable[["Tuner", Knob], CacheSchedule]
@@ -166,6 +166,7 @@ class Tuner:
                 self.sampler(IMAGES, CALIBRATED_ON),
                 regions=regions,
                 longest=LONGEST,
+                refine=REFINE,
                 backend=self.runs.backend,
             )
         return self._calibrations[regions]

@@ -71,6 +71,14 @@ class Allotment:
         steps = self._as_one.plan(refreshes).refreshes
         return JointPlan(tuple(planner.filled(steps) for planner in self.planners))
 
+    def neighbours(self, plan: JointPlan) -> list[JointPlan]:
+        """Plans in which a refresh of one group, or all of its from there on, are a few steps away; best first."""
+        found = []
+        for index, (planner, part) in enumerate(zip(self.planners, plan.parts, strict=True)):
+            for moved in planner.neighbours(part.refreshes):
+                found.append(JointPlan((*plan.parts[:index], planner.filled(moved), *plan.parts[index + 1 :])))
+        return sorted(found, key=lambda entry: entry.objective)
+
     def _planned(self, refreshes: int, make: Callable[[Planner, int], Planned]) -> JointPlan:
         counts = self.counts(refreshes)
         return JointPlan(tuple(make(planner, n) for planner, n in zip(self.planners, counts, strict=True)))

@@ -56,6 +56,8 @@ class Calibration:
     memory_cap: most bytes of cache for one guidance branch; shortens the history.
     probes: steps at which the way of an error of each selection to the final sample is measured, each for part of a
         generation.
+    refine: plans more that are tried, each in a generation, to move the one that is found towards what does best: where
+        errors are too large for the linear picture (few refreshes) the best plan is near the predicted one, not it.
     describe: the sampler in words, for messages. progress: told of each stage.
 
     Raises CalibrationError, naming what cannot be met.
@@ -73,6 +75,7 @@ class Calibration:
         warm_up: int = 1,
         memory_cap: int | None = None,
         probes: int = 8,
+        refine: int = 0,
         backend: Any = "inductor",
         seed: int = 0,
         describe: str = "",
@@ -82,12 +85,13 @@ class Calibration:
         for name, value, most in (("history", history, 3), ("longest", longest, None), ("warm_up", warm_up, None)):
             check_count(name, value, 1, most)
         check_count("probes", probes, 2, None)
+        check_count("refine", refine, 0, None)
         self.model, self._sample = within(model, sampler)
         self.groups = tuple(regions) if isinstance(regions, Sequence) else (regions or Trunk(first=0),)
         if not 1 <= len(self.groups) <= MOST_GROUPS:
             raise CalibrationError(f"regions must be from 1 to {MOST_GROUPS} selections, not {len(self.groups)}")
         self.storage = storage
-        self.longest, self.warm_up, self.seed = longest, warm_up, seed
+        self.longest, self.warm_up, self.refine, self.seed = longest, warm_up, refine, seed
         self.backend, self.backend_options = backend, backend_options
         self.told = progress or (lambda stage, done, total: None)
         self.told("record", 0, 1)
@@ -179,7 +183,23 @@ class Calibration:
         plans += [self.allotment.steadier(s).plan(refreshes) for s in TRIED]
         if len(self.groups) > 1:
             plans.append(self.allotment.together(refreshes))
-        return min(plans, key=lambda plan: self.level(plan, seed))
+        return self._refined(min(plans, key=lambda plan: self.level(plan, seed)), seed)
+
+    def _refined(self, plan: JointPlan, seed: int | None) -> JointPlan:
+        """Moved to a neighbour for as long as one does better, of those that should do best."""
+        left = self.refine
+        while left > 0:
+            better = None
+            for other in self.allotment.neighbours(plan)[:left]:
+                self.told("refine", self.refine - left, self.refine)
+                left -= 1
+                if self.level(other, seed) < self.level(plan, seed):
+                    better = other
+                    break
+            if better is None:
+                break
+            plan = better
+        return plan
 
     def tried(self, plan: JointPlan, seed: int) -> Tensor:
         """The samples of a generation under a plan; what is known of the uncached one is not computed again."""

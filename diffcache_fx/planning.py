@@ -75,6 +75,10 @@ class Planner(Filling):
         are too large for the linear picture."""
         return self.filled(self.selected(refreshes))
 
+    def neighbours(self, refreshes: tuple[int, ...]) -> set[tuple[int, ...]]:
+        """What moving one refresh, or all from it on, by a few steps makes of these."""
+        return {moved for index in range(len(refreshes)) for moved in self._shifted(refreshes, index)} - {refreshes}
+
     def _shifted(self, refreshes: tuple[int, ...], index: int) -> Iterator[tuple[int, ...]]:
         """One refresh, or all from it on, a little earlier or later."""
         before, step, after = refreshes[:index], refreshes[index], refreshes[index + 1 :]

@@ -72,6 +72,28 @@ def test_a_plan_beats_even_intervals_at_equal_cost(calibration: Calibration) -> 
         assert errors[0] < errors[1]
 
 
+def test_a_plan_is_refined_by_trying(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Towards what does best as tried, with no more trials than were granted, at the same cost."""
+    tried: set[JointPlan] = set()
+
+    def level(plan: JointPlan, seed: int | None = None) -> float:
+        tried.add(plan)
+        return float(np.abs(np.array(plan.refreshes) - [0, 6, 8, 10]).sum())
+
+    plain = calibration.plan(4)
+    monkeypatch.setattr(calibration, "level", level)
+    found = {}
+    for trials in (0, 10, 1000):
+        monkeypatch.setattr(calibration, "refine", trials)
+        tried.clear()
+        found[trials] = calibration._refined(plain, 1)
+        assert len(tried) <= trials + 1
+        assert calibration.ideal(found[trials]) == calibration.ideal(plain)
+    assert found[0] == plain
+    assert level(found[10]) < level(plain)
+    assert found[1000].refreshes == (0, 6, 8, 10)
+
+
 def test_gains_tell_how_errors_reach_the_end(calibration: Calibration) -> None:
     """Predicted and measured errors agree within a small factor, over two orders of magnitude."""
     for count in (3, 5, 8):
