@@ -50,7 +50,8 @@ class Calibration:
         fewer, the worst has to meet it.
     regions, storage: as in `Rule`; they are refreshed and reused together. The whole trunk by default: what its first
         block would cost at every step is better spent on refreshes, where forecasts are fitted. Several selections are
-        planned each with steps of its own (`allotment`), at most four: every combination is a program.
+        planned each with steps of its own (`allotment`), at most four: every combination is a program, so compile their
+        schedule with max_programs=2 ** selections.
     history: refreshed values that a forecast sees, 1 to 3. longest: most reuses in a row. warm_up: steps at the start
         that refresh.
     memory_cap: most bytes of cache for one guidance branch; shortens the history.
