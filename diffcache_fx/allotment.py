@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from .errors import CalibrationError
-from .filling import Array, Planned
+from .filling import Planned
 from .planning import Planner
 
 
@@ -54,9 +54,9 @@ class Allotment:
             raise CalibrationError(f"{len(planners)} groups of regions have {len(costs)} costs")
         self.planners, self.costs = tuple(planners), tuple(float(cost) for cost in costs)
 
-    def steadier(self, steadiness: float) -> Allotment:
-        """One that trusts the linear picture less, or more."""
-        return Allotment([planner.steadier(steadiness) for planner in self.planners], self.costs)
+    def other(self, **options: float) -> Allotment:
+        """One that trusts the linear picture less, or more (`Planner.other`)."""
+        return Allotment([planner.other(**options) for planner in self.planners], self.costs)
 
     def plan(self, refreshes: int) -> JointPlan:
         """The plan of least error that costs at most so many refreshes of all groups."""
@@ -110,11 +110,9 @@ class Allotment:
     def _as_one(self) -> Planner:
         """Of all values in one, each weighed by its own gains."""
         first = self.planners[0]
-        weighed: Array = np.sum([p.gram * np.outer(p.gains, p.gains) for p in self.planners], axis=0)
-        gains = np.sqrt(np.diag(weighed) / np.sum([np.diag(p.gram) for p in self.planners], axis=0))
-        gram = weighed / np.outer(gains, gains)
+        together = np.concatenate([p.effects * p.gains[:, None, None] for p in self.planners], axis=2)
         options = {"history": first.history, "longest": first.longest, "warm_up": first.warm_up}
-        return Planner(gram, gains, **options)
+        return Planner(together, np.ones(first.steps), **options)
 
 
 __all__ = ["Allotment", "JointPlan"]

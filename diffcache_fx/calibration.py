@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from .allotment import Allotment, JointPlan
 from .clock import Clock
 from .compile import user_shapes
+from .effects import effects
 from .errors import CalibrationError
-from .filling import Array
+from .filling import Array, differences
 from .finding import Findings, find
 from .planning import LONGEST, Planner
 from .probing import gains
 from .provenance import Provenance
-from .recording import RecordingDenoiser, RegionRecord
+from .recording import RecordingDenoiser, RegionRecord, Replay
 from .schedule import CacheSchedule
 from .selection import Selection, Trunk
 from .targets import Psnr, RelativeL1, Target
@@ -31,8 +32,8 @@ from .trial import Trial, planned
 
 Sampler = Callable[[Any, int], Tensor]
 Progress = Callable[[str, int, int], None]
-# Of the steadiness in `planning`, beside its own.
-TRIED = (0.03, 1.0)
+# How far the linear picture is trusted, beside the planner's own measure of it.
+TRIED: tuple[dict[str, float], ...] = ({"coherence": 24.0}, {"coherence": 1e6}, {"steadiness": 0.03})
 MOST_GROUPS = 4
 
 
@@ -118,12 +119,12 @@ class Calibration:
         self.trial = Trial(
             self.model, self.groups, storage, self.history, self.steps, backend, backend_options, like=recorder
         )
-        grams = [self._gram(group) for group in range(len(self.groups))]
-        self.gains = gains(self, grams, probes)
+        tables = [self._effects(group) for group in range(len(self.groups))]
+        self.gains = gains(self, tables, probes)
         self._plans: dict[int, JointPlan] = {}
         planners = [
-            Planner(gram, own, history=self.history, longest=self.longest, warm_up=self.warm_up)
-            for gram, own in zip(grams, self.gains, strict=True)
+            Planner(table, own, history=self.history, longest=self.longest, warm_up=self.warm_up)
+            for table, own in zip(tables, self.gains, strict=True)
         ]
         self.allotment = Allotment(planners, [self._saved(group) for group in range(len(self.groups))])
 
@@ -153,16 +154,30 @@ class Calibration:
             )
         return max(1, min(history, cap // one))
 
-    def _of(self, group: int) -> list[RegionRecord]:
+    def regions_of(self, group: int) -> list[RegionRecord]:
         """What was recorded of the regions of one selection."""
         return [region for region in self.recording.regions if region.rule == group]
 
     def _saved(self, group: int) -> float:
         """FLOPs that reusing one selection saves at a step."""
-        return sum(region.flops for region in self._of(group))
+        return sum(region.flops for region in self.regions_of(group))
 
-    def _gram(self, group: int) -> Array:
-        return np.sum([region.gram.numpy() for region in self._of(group)], axis=0)
+    def _effects(self, group: int) -> Array:
+        """Of holding a value of one selection: on the latents, or else how far the value itself is off."""
+        found = effects(self, group)
+        if found is not None:
+            return found
+        return differences(np.sum([region.gram.numpy() for region in self.regions_of(group)], axis=0))
+
+    @property
+    def outputs(self) -> Replay:
+        """What the model returned in the generation that was recorded."""
+        return self._known[self.seed]
+
+    @property
+    def latents(self) -> int:
+        """Which leaf of the model's calls the latents are."""
+        return self._recorder.current_signature().latents
 
     # --- planning and trying ---------------------------------------------------------------------------------------
 
@@ -181,7 +196,7 @@ class Calibration:
         refresh them together), the one whose samples come nearest to the uncached ones, by mean PSNR, as tried on some
         noise (that of the recording, unless given)."""
         plans = [self.plan(refreshes), self.allotment.drafted(refreshes)]
-        plans += [self.allotment.steadier(s).plan(refreshes) for s in TRIED]
+        plans += [self.allotment.other(**options).plan(refreshes) for options in TRIED]
         if len(self.groups) > 1:
             plans.append(self.allotment.together(refreshes))
         return self._refined(min(plans, key=lambda plan: self.level(plan, seed)), seed)

@@ -1,22 +1,22 @@
 """The weights that fill the steps of a plan, and what they leave.
 
-For regions refreshed and reused together, let F_t be their value at step t. A reuse step fills it by a weighted sum of
-the last values refreshed and is off by d_t = F_t - sum_j w_tj F_(h_j). To first order the final sample moves by
-sum_t g_t d_t, where the number g_t, measured, tells how an error of step t reaches the end through sampler and model.
-What is minimised is
+For regions refreshed and reused together, a reuse step fills their value by a weighted sum of the last values refreshed
+(weights that add up to 1), and what the sampler makes of that is off by d_t = sum_j w_tj e_(t, h_j), where e_(t, s) is
+what holding the value of step s at step t would do (`effects`). To first order the final sample moves by sum_t g_t d_t,
+where the number g_t, measured, tells how an error of step t reaches the end. What is minimised is
 
     E = |sum_t g_t d_t|^2 + steadiness * sum_t g_t^2 |d_t|^2:
 
 the error of the final sample, and a share of what each step is off by itself, since what cancels only in the linear
-picture cannot be relied on. All of it follows from the inner products of the F_t. For given refreshes the weights are
-the minimiser over all linear forecasts at once (Taylor, Newton, Hermite, BDF and learned rows are points in it).
+picture cannot be relied on. For given refreshes the weights start from those that fill each step best by itself, and
+the steps of a run of reuses are moved off them together, by the same multiples of what its refreshes can change
+(Taylor, Newton, Hermite, BDF and learned rows are points among all these weights).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from .errors import CalibrationError
 
 Array = NDArray[np.float64]
 STEADINESS = 0.3
+COHERENCE = 8.0
 # Keeps the weights of nearly parallel values from growing beyond what is measured.
 RIDGE = 1e-6
 _AHEAD = 12  # reuses of a run that are looked at together
@@ -45,49 +46,74 @@ class Planned:
         return tuple(step in self.refreshes for step in range(len(self.rows)))
 
 
+def differences(gram: Array) -> Array:
+    """[steps, steps, steps]: of each pair (t, s) a vector F_s - F_t, given the inner products of the F: the effects of
+    holding a value where nothing tells what becomes of it."""
+    size, turn = np.linalg.eigh((gram + gram.T) / 2)
+    values: Array = turn * np.sqrt(size.clip(min=0.0))
+    return values[None, :] - values[:, None]
+
+
 class Filling:
     """Fills one recorded run of one group of regions. A step that sees one refreshed value holds it.
 
-    gram: [steps, steps] inner products of the values. gains: [steps], g_t. history: how many refreshed values a
+    effects: [steps, steps, width], e_(t, s) for s before t. gains: [steps], g_t. history: how many refreshed values a
     forecast sees.
     """
 
     def __init__(
-        self, gram: Array, gains: Array, *, history: int = 2, steadiness: float = STEADINESS, ridge: float = RIDGE
+        self,
+        effects: Array,
+        gains: Array,
+        *,
+        history: int = 2,
+        steadiness: float = STEADINESS,
+        coherence: float = COHERENCE,
+        ridge: float = RIDGE,
     ) -> None:
-        self.steps = len(gram)
-        if gram.shape != (self.steps, self.steps) or gains.shape != (self.steps,):
-            raise CalibrationError(f"gram {gram.shape} and gains {gains.shape} are not of one number of steps")
+        self.steps = len(effects)
+        if effects.ndim != 3 or effects.shape[:2] != (self.steps, self.steps) or gains.shape != (self.steps,):
+            raise CalibrationError(f"effects {effects.shape} and gains {gains.shape} are not of one number of steps")
         if not 1 <= history <= 3:
             raise CalibrationError(f"history must be 1, 2 or 3, not {history!r}")
         if not steadiness > 0:
             raise CalibrationError(f"steadiness must be above 0, not {steadiness!r}")
-        self.gram, self.gains = gram.astype(np.float64), gains.astype(np.float64)
+        self.effects, self.gains = effects.astype(np.float64), gains.astype(np.float64)
         self.history, self.steadiness, self.ridge = history, steadiness, ridge
-        size, turn = np.linalg.eigh((self.gram + self.gram.T) / 2)
-        self._values: Array = turn * np.sqrt(size.clip(min=0.0))  # vectors with these inner products
+        self.coherence = coherence
         self._known: dict[tuple[int, ...], Reuses] = {}
 
     def filled(self, refreshes: Sequence[int]) -> Planned:
         """The weights that minimise E for given refreshes (the first step among them)."""
         runs, moves = self._balanced(refreshes)
         rows: list[tuple[float, ...]] = [(1.0,)] * self.steps
-        total, alone = np.zeros(self.steps), 0.0
         for (known, length), move in zip(runs, moves, strict=True):
             for index in range(length):
-                step = known.past[0] + 1 + index
-                weights = known.weights[index]
-                if len(weights) > 1:
-                    weights = weights - (move @ known.directions) / self.gains[step]
-                    rows[step] = tuple(float(weight) for weight in weights)
-                off = self.gains[step] * (self._values[step] - weights @ self._values[list(known.past)])
-                total += off
-                alone += float(off @ off)
-        error = float(total @ total)
+                weights = known.weights[index] + move @ known.directions[index]
+                rows[known.past[0] + 1 + index] = tuple(float(weight) for weight in weights)
+        error, alone = self._errors(runs, moves)
         return Planned(tuple(sorted(refreshes)), tuple(rows), error, error + self.steadiness * alone)
 
+    def objective(self, refreshes: Sequence[int]) -> float:
+        """E of the best weights."""
+        error, alone = self._errors(*self._balanced(refreshes))
+        return error + self.steadiness * alone
+
+    def _errors(self, runs: list[tuple[Reuses, int]], moves: list[Array]) -> tuple[float, float]:
+        """Both sums of E."""
+        if not runs:
+            return 0.0, 0.0
+        totals = np.stack([known.sums[n] + move @ known.reach[n] for (known, n), move in zip(runs, moves, strict=True)])
+        alone = [known.squares[n] + n * float(move @ move) for (known, n), move in zip(runs, moves, strict=True)]
+        return float((self._alike(runs) * (totals @ totals.T)).sum()), sum(alone)
+
+    def _alike(self, runs: list[tuple[Reuses, int]]) -> Array:
+        """[runs, runs], c of their middles."""
+        middles = np.array([known.past[0] + (length + 1) / 2 for known, length in runs])
+        return np.exp(-np.abs(middles[:, None] - middles) / self.coherence)
+
     def _balanced(self, refreshes: Sequence[int]) -> tuple[list[tuple[Reuses, int]], list[Array]]:
-        """The runs of reuses, and by how much each of their steps is moved off its own least squares.
+        """The runs of reuses, and by how much the steps of each are moved off their own least squares.
 
         What a step is off by has a part that no weights of what it sees can change, and one that is free. Only the sum
         of the free parts of a run's steps matters to the final sample, and it costs least when they all have the same
@@ -100,26 +126,17 @@ class Filling:
             if end > step + 1:
                 past = tuple(reversed(order[max(0, index + 1 - self.history) : index + 1]))
                 runs.append((self.after(past, end - step - 1), end - step - 1))
-        if not runs:
-            return [], []
-        total = np.sum([known.sums[length] for known, length in runs], axis=0)
-        basis = np.concatenate([known.basis for known, _ in runs])
-        price = np.concatenate([np.full(len(known.basis), self.steadiness / length) for known, length in runs])
-        found = np.linalg.solve(basis @ basis.T + np.diag(price), -basis @ total) if len(basis) else np.zeros(0)
-        moves, start = [], 0
-        for known, length in runs:
-            moves.append(found[start : start + len(known.basis)] / length)
-            start += len(known.basis)
-        return runs, moves
-
-    def objective(self, refreshes: Sequence[int]) -> float:
-        """E of the best weights."""
-        runs, moves = self._balanced(refreshes)
-        total, alone = np.zeros(self.steps), 0.0
-        for (known, length), move in zip(runs, moves, strict=True):
-            total += known.sums[length] + length * (move @ known.basis)
-            alone += known.squares[length] + length * float(move @ move)
-        return float(total @ total) + self.steadiness * alone
+        counts = [len(known.past) - 1 for known, _ in runs]
+        if not sum(counts):
+            return runs, [np.zeros(0)] * len(runs)
+        owner = np.repeat(np.arange(len(runs)), counts)
+        alike = self._alike(runs)[owner]
+        totals = np.stack([known.sums[length] for known, length in runs])
+        reach = np.concatenate([known.reach[length] for known, length in runs])
+        price = self.steadiness * np.repeat([length for _, length in runs], counts)
+        left = ((reach @ totals.T) * alike).sum(1)
+        found = np.linalg.solve((reach @ reach.T) * alike[:, owner] + np.diag(price), -left)
+        return runs, np.split(found, np.cumsum(counts)[:-1])
 
     def after(self, past: tuple[int, ...], length: int) -> Reuses:
         """What is known of runs of reuses after these refreshes, of so many steps at least."""
@@ -129,57 +146,62 @@ class Filling:
         return known
 
     def _measured(self, past: tuple[int, ...], length: int) -> Reuses:
-        seen, steps = self._values[list(past)], np.arange(past[0] + 1, past[0] + 1 + length)
-        weights = self.own_weights(past, steps.tolist())
-        off = self.gains[steps, None] * (self._values[steps] - weights @ seen)
-        sums, squares = np.zeros((length + 1, self.steps)), np.zeros(length + 1)
+        held = self.held(np.array([past]), length)[0]
+        weights, off, inner, change = least_squares(held, self.ridge)
+        width = self.effects.shape[2]
+        sums, squares = np.zeros((length + 1, width)), np.zeros(length + 1)
+        reach = np.zeros((length + 1, len(past) - 1, width))
         off.cumsum(0, out=sums[1:])
         np.einsum("ts,ts->t", off, off).cumsum(out=squares[1:])
-        return Reuses(past, weights, sums, squares, seen, self.ridge)
+        turn = np.linalg.cholesky(inner) if len(past) > 1 else inner
+        np.linalg.solve(turn, held[:, 1:] - held[:, :1]).cumsum(0, out=reach[1:])
+        directions = np.linalg.solve(turn, np.broadcast_to(change, (length, *change.shape)))
+        return Reuses(past, weights, sums, squares, reach, directions)
+
+    def held(self, pasts: NDArray[np.int64], length: int) -> Array:
+        """What holding each value would do, times the gains, in the steps after the newest: pasts
+        [plans, past], all with one newest refresh; [plans, length, past, width]."""
+        steps = np.arange(pasts[0, 0] + 1, pasts[0, 0] + 1 + length)
+        found: Array = self.effects[steps[:, None], pasts[:, None, :]] * self.gains[steps, None, None]
+        return found
 
     def own_weights(self, past: Sequence[int], steps: Sequence[int]) -> Array:
         """By row, the weights of refreshes (newest first) that fill each of some steps best by itself, by least
         squares."""
-        rows, wanted = list(past), list(steps)
-        if len(rows) == 1:
-            return np.ones((len(wanted), 1))
-        basis = np.eye(len(rows))
-        basis[1:, 0] = -1.0
-        inner = basis @ self.gram[np.ix_(rows, rows)] @ basis.T
-        target = basis @ (self.gram[np.ix_(rows, wanted)] - self.gram[rows, rows[0]][:, None])
-        scale = np.diag(inner).clip(min=np.finfo(np.float64).tiny)
-        multiples = np.linalg.solve(inner + self.ridge * np.diag(scale), target)
-        return np.eye(len(rows))[0] + multiples.T @ basis
+        return least_squares(self.effects[np.array(steps)[:, None], list(past)], self.ridge)[0]
+
+
+def least_squares(held: Array, ridge: float) -> tuple[Array, Array, Array, Array]:
+    """held: [..., past, width], what holding each past value does. The weights of least squares that add up to 1
+    [..., past]; what they leave [..., width]; the inner products of what can change it, the differences to the first
+    [..., past - 1, past - 1]; and the changes of weights that make these [past - 1, past]."""
+    count = held.shape[-2]
+    change = np.eye(count)[1:]
+    change[:, 0] = -1.0
+    moved = held[..., 1:, :] - held[..., :1, :]
+    inner = moved @ moved.swapaxes(-1, -2)
+    scale = np.diagonal(inner, axis1=-2, axis2=-1).clip(min=np.finfo(np.float64).tiny)
+    inner = inner + ridge * scale[..., None] * np.eye(count - 1)
+    if count == 1:
+        return np.ones(held.shape[:-1]), held[..., 0, :], inner, change
+    multiples = np.linalg.solve(inner, -(moved @ held[..., 0, :, None]))
+    off = held[..., 0, :] + (multiples.swapaxes(-1, -2) @ moved)[..., 0, :]
+    return np.eye(count)[0] + multiples[..., 0] @ change, off, inner, change
 
 
 @dataclass
 class Reuses:
     """Runs of reuses after the refreshes `past` (newest first), step by step, each filled by its own least squares.
 
-    weights [length, len(past)]: of each step. sums [length + 1, steps]: what the first steps are off by, times their
-    gains, added up. squares [length + 1]: the same of the squares of each. seen [len(past), steps]: the past values.
+    weights [length, len(past)]: of each step. sums [length + 1, width]: what the first steps are off by, times their
+    gains, added up. squares [length + 1]: the same of the squares of each. reach [length + 1, len(past) - 1, width]:
+    what moving each of the first steps by 1 along its directions adds up to. directions
+    [length, len(past) - 1, len(past)]: the changes of weights that do so.
     """
 
     past: tuple[int, ...]
     weights: Array
     sums: Array
     squares: Array
-    seen: Array
-    ridge: float
-
-    @cached_property
-    def directions(self) -> Array:
-        """[len(basis), len(past)]: the weights that make the basis."""
-        count = len(self.past)
-        if count == 1:  # a single value is held as it is
-            return np.zeros((0, 1))
-        differences = np.eye(count)
-        differences[1:, 0] = -1.0
-        inner = differences @ self.seen @ self.seen.T @ differences.T
-        scale = np.diag(np.diag(inner).clip(min=np.finfo(np.float64).tiny))
-        return np.linalg.solve(np.linalg.cholesky(inner + self.ridge * scale), differences)
-
-    @cached_property
-    def basis(self) -> Array:
-        """[., steps]: orthonormal, nearly, of what weights of the past can make."""
-        return self.directions @ self.seen
+    reach: Array
+    directions: Array

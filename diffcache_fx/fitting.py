@@ -7,12 +7,13 @@ factory in `schedules` is given.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import CalibrationError
+from .filling import differences
 from .forecasts import Taylor
 from .planning import LONGEST, Array, Planner
 from .probing import holding
@@ -104,7 +105,7 @@ def learned_rows(recording: Recording, bits: Sequence[int], history: int = 3) ->
         raise CalibrationError(
             f"bits must have one entry for each of the {recording.steps} recorded steps, and compute the first"
         )
-    planner = Planner(region.gram.numpy(), np.ones(recording.steps), history=history)
+    planner = Planner(differences(region.gram.numpy()), np.ones(recording.steps), history=history)
     rows: list[tuple[float, ...]] = []
     past: list[int] = []
     for step, computed in enumerate(bits):
@@ -131,11 +132,14 @@ class _TaylorPlanner(Planner):
     """Fills steps by Taylor's forecast, and adds up what each is off by."""
 
     def __init__(self, gram: Array, order: int, longest: int, warm_up: int) -> None:
-        super().__init__(gram, np.ones(len(gram)), history=order + 1, longest=longest, warm_up=warm_up)
+        super().__init__(differences(gram), np.ones(len(gram)), history=order + 1, longest=longest, warm_up=warm_up)
+        self.gram = gram
         self._forecast = Taylor(order)
 
-    def run_errors(self, past: tuple[int, ...]) -> Array:
-        if past not in self._runs:
+    def _prepare(self, pasts: Iterable[tuple[int, ...]]) -> None:
+        for past in pasts:
+            if past in self._runs:
+                continue
             errors = [0.0]
             for step in range(past[0] + 1, min(past[0] + self.longest, self.steps - 1) + 1):
                 off = np.zeros(self.steps)
@@ -143,7 +147,6 @@ class _TaylorPlanner(Planner):
                 off[list(past)] -= np.array(self._forecast.weights([float(p) for p in past], float(step), {}))
                 errors.append(math.sqrt(max(float(off @ self.gram @ off), 0.0)))
             self._runs[past] = np.cumsum(errors)
-        return self._runs[past]
 
 
 def minimax_plan(errors: Array, refreshes: int) -> tuple[int, ...]:

@@ -6,15 +6,16 @@ step is filled by its own least squares; then refreshes are moved for as long as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import numpy as np
 
 from .errors import CalibrationError
-from .filling import RIDGE, STEADINESS, Array, Filling, Planned
+from .filling import COHERENCE, RIDGE, STEADINESS, Array, Filling, Planned, least_squares
 
 LONGEST = 12
+_TOGETHER = 64
 _FAR = 2  # steps that a refresh is moved by, at the most
 _Table = dict[tuple[int, ...], tuple[float, tuple[int, ...] | None]]
 
@@ -25,34 +26,36 @@ class Planner(Filling):
 
     def __init__(
         self,
-        gram: Array,
+        effects: Array,
         gains: Array,
         *,
         history: int = 2,
         longest: int = LONGEST,
         warm_up: int = 1,
         steadiness: float = STEADINESS,
+        coherence: float = COHERENCE,
         ridge: float = RIDGE,
     ) -> None:
-        super().__init__(gram, gains, history=history, steadiness=steadiness, ridge=ridge)
+        super().__init__(effects, gains, history=history, steadiness=steadiness, coherence=coherence, ridge=ridge)
         if not 1 <= warm_up <= self.steps:
             raise CalibrationError(f"warm_up must be from 1 to {self.steps} steps, not {warm_up!r}")
         self.longest, self.warm_up = longest, warm_up
         self._runs: dict[tuple[int, ...], Array] = {}
         self._tables: list[_Table] | None = None
 
-    def steadier(self, steadiness: float) -> Planner:
+    def other(self, *, steadiness: float | None = None, coherence: float | None = None) -> Planner:
         """One for the same run that trusts the linear picture less, or more."""
         made = Planner(
-            self.gram,
+            self.effects,
             self.gains,
             history=self.history,
             longest=self.longest,
             warm_up=self.warm_up,
-            steadiness=steadiness,
+            steadiness=self.steadiness if steadiness is None else steadiness,
+            coherence=self.coherence if coherence is None else coherence,
             ridge=self.ridge,
         )
-        made._runs, made._tables, made._known = self._runs, self._tables, self._known  # what it does not touch
+        made._runs, made._tables, made._known = self._runs, self._tables, self._known  # what neither of them touches
         return made
 
     def plan(self, refreshes: int) -> Planned:
@@ -136,9 +139,23 @@ class Planner(Filling):
         """|sum_(t in run) g_t d_t|^2 of the run of reuses after the refreshes `past` (newest first), for each length
         from 0 to the longest or the end, each step filled by its own least squares."""
         if past not in self._runs:
-            length = min(self.longest, self.steps - 1 - past[0])
-            self._runs[past] = np.square(self.after(past, length).sums[: length + 1]).sum(1)
+            self._prepare([past])
         return self._runs[past]
+
+    def _prepare(self, pasts: Iterable[tuple[int, ...]]) -> None:
+        """Find the errors of runs after these; many at a time, since each takes little."""
+        alike: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        for past in pasts:
+            if past not in self._runs:
+                alike.setdefault((past[0], len(past)), []).append(past)
+        for (newest, _), found in alike.items():
+            length = min(self.longest, self.steps - 1 - newest)
+            for start in range(0, len(found), _TOGETHER):
+                some = found[start : start + _TOGETHER]
+                errors = np.zeros((len(some), length + 1))
+                off = least_squares(self.held(np.array(some), length), self.ridge)[1]
+                errors[:, 1:] = np.square(off.cumsum(1)).sum(2)
+                self._runs |= dict(zip(some, errors, strict=True))
 
     def _tail(self, past: tuple[int, ...]) -> float | None:
         """Predicted error of reusing to the end; None if that is too long."""
@@ -154,6 +171,7 @@ class Planner(Filling):
         tables: list[_Table] = [{} for _ in range(self.steps + 1)]
         tables[self.warm_up][first] = 0.0, None
         for count in range(self.warm_up, self.steps):
+            self._prepare(tables[count])
             for past, (error, _) in tables[count].items():
                 for length, added in enumerate(self.run_errors(past)):
                     step = past[0] + length + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,23 +22,24 @@ def holding(held: set[int], steps: int, group: int = 0, groups: int = 1) -> Join
     return JointPlan(tuple(Planned(computed if index == group else every, rows, 0.0, 0.0) for index in range(groups)))
 
 
-def gains(measured: Calibration, grams: Sequence[Array], probes: int) -> tuple[Array, ...]:
+def gains(measured: Calibration, effects: Sequence[Array], probes: int) -> tuple[Array, ...]:
     """Of each selection, [steps]: how far the final samples move when the value of the step before is held, over how
-    far that is off. Measured at some steps; in between, by interpolation of logarithms."""
+    far its effect on that step reaches. Measured at some steps, more of them early, where it changes most, and at the
+    last, where samplers stride otherwise; in between, by interpolation of logarithms."""
     steps, first = measured.steps, max(measured.warm_up, 1)
     if first >= steps:
         raise CalibrationError(f"a run of {steps} steps with {measured.warm_up} to warm up leaves none to reuse")
-    places = np.unique(np.linspace(first, steps - 1, probes).round().astype(int)).tolist()
+    spread = np.linspace(0.0, 1.0, probes - 1) ** 1.5 * max(steps - 2 - first, 0)
+    places = np.unique([*(first + spread.round().astype(int)), steps - 1]).tolist()
     found, told = [], 0
-    for group, gram in enumerate(grams):
+    for group, table in enumerate(effects):
         own = []
         for step in places:
-            measured.told("probe", told, len(grams) * len(places))
+            measured.told("probe", told, len(effects) * len(places))
             told += 1
-            samples = measured.tried(holding({step}, steps, group, len(grams)), measured.seed)
+            samples = measured.tried(holding({step}, steps, group, len(effects)), measured.seed)
             moved = float((samples - measured.reference).norm())
-            inner = gram[step, step] - 2 * gram[step, step - 1] + gram[step - 1, step - 1]
-            own.append(max(moved, 1e-12) / math.sqrt(max(float(inner), 1e-24)))
+            own.append(max(moved, 1e-12) / max(float(np.linalg.norm(table[step, step - 1])), 1e-12))
         found.append(np.exp(np.interp(np.arange(steps), places, np.log(own))))
     measured.told("probe", told, told)
     return tuple(found)

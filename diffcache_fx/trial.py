@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ class Trial(ExchangeableDenoiser):
         rules = tuple(Rule(regions, Interval(2), Binomial(history), storage) for regions in groups)
         options = Options(backend, steps, max_programs=2 ** len(groups), backend_options=backend_options)
         super().__init__(model, CacheSchedule(NAME, rules), options, like=like)
-        self._own["known"], self._own["first"], self._own["clock"] = {}, 0, None
+        self._own["known"], self._own["first"], self._own["clock"], self._own["driven"] = {}, 0, None, None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         clock: Clock | None = self._own["clock"]
@@ -85,6 +87,15 @@ class Trial(ExchangeableDenoiser):
             self._own["clock"] = None
         return clock
 
+    @contextmanager
+    def driven(self, make: Callable[[CacheSchedule], Driver]) -> Iterator[None]:
+        """For the time of a generation, with a driver of another kind."""
+        self._own["driven"], self._own["local"] = make, threading.local()
+        try:
+            yield
+        finally:
+            self._own["driven"], self._own["local"] = None, threading.local()
+
     def follow(self, plan: JointPlan, known: Replay | None = None) -> None:
         """From the next generation on, of all threads. known: what the model returns in the uncached run that begins
         with the same noise; steps before the first refresh that matters are not computed again."""
@@ -94,7 +105,9 @@ class Trial(ExchangeableDenoiser):
         self.exchange(planned([rule.regions for rule in rules], rules[0].storage, plan))
 
     def _make_driver(self) -> Driver:
-        num_steps = self._own["options"].num_steps
+        num_steps, make = self._own["options"].num_steps, self._own["driven"]
+        if make is not None:
+            return make(self._own["schedule"])
         return _TrialDriver(self._own["schedule"], num_steps, self._own["known"], self._own["first"])
 
 

@@ -12,6 +12,7 @@ from diffcache_fx import Blocks, CacheSchedule, Trunk, compile_with_cache
 from diffcache_fx.allotment import Allotment
 from diffcache_fx.calibration import Calibration
 from diffcache_fx.errors import CalibrationError
+from diffcache_fx.filling import differences
 from diffcache_fx.measure import executed_flops
 from diffcache_fx.planning import Planner
 from diffcache_fx.targets import Psnr, Speedup
@@ -25,7 +26,7 @@ def planner(seed: int, size: float = 1.0, longest: int = 12) -> Planner:
     source = np.random.default_rng(seed)
     time = np.linspace(0.0, 1.0, STEPS)[:, None]
     curve = size * np.sin(time * source.uniform(1, 9, 20) + source.uniform(0, 6, 20))
-    return Planner(curve @ curve.T, source.uniform(0.5, 2.0, STEPS), longest=longest)
+    return Planner(differences(curve @ curve.T), source.uniform(0.5, 2.0, STEPS), longest=longest)
 
 
 @pytest.mark.parametrize("costs", [(1.0, 1.0), (3.0, 1.0), (2.0, 5.0, 1.0)])

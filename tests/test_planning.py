@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffcache_fx.errors import CalibrationError
+from diffcache_fx.filling import COHERENCE, differences
 from diffcache_fx.planning import Planned, Planner
 
 
@@ -25,7 +26,7 @@ def gains(steps: int, seed: int = 0) -> np.ndarray:
 
 def planner(steps: int, seed: int = 0, **options: int) -> Planner:
     curve = values(steps, seed=seed)
-    return Planner(curve @ curve.T, gains(steps, seed), **options)
+    return Planner(differences(curve @ curve.T), gains(steps, seed), **options)
 
 
 def plans(steps: int, refreshes: int, warm_up: int) -> list[tuple[int, ...]]:
@@ -82,35 +83,44 @@ def test_all_refreshes_are_exact() -> None:
 
 
 def test_no_weights_are_better() -> None:
-    """E of the plan's own weights is the least: any other weights have more."""
+    """E of the plan's own weights is the least: any others that add up to 1 have more."""
     steps, curve, g = 10, values(10), gains(10)
-    found = Planner(curve @ curve.T, g, history=2, ridge=1e-12)
+    found = Planner(differences(curve @ curve.T), g, history=2, ridge=1e-12)
     plan = found.filled((0, 1, 4, 8))
     assert objective(curve, g, plan, plan.rows) == pytest.approx((plan.error, plan.objective), rel=1e-6)
     source = np.random.default_rng(1)
     for _ in range(50):
-        rows = [tuple(w + 0.01 * source.normal() for w in row) if len(row) > 1 else row for row in plan.rows]
+        off = 0.01 * source.normal(size=steps)
+        rows = [(row[0] + d, row[1] - d) if len(row) > 1 else row for row, d in zip(plan.rows, off, strict=True)]
         assert objective(curve, g, plan, rows)[1] > plan.objective
     assert len(plan.rows) == steps
 
 
 def objective(curve: np.ndarray, g: np.ndarray, plan: Planned, rows: object) -> tuple[float, float]:
-    """From the values themselves: |sum g d|^2, and E."""
-    total, alone = np.zeros(curve.shape[1]), 0.0
+    """From the values themselves: the errors of runs as they add up, and E."""
+    sums: dict[int, np.ndarray] = {}
+    middles: dict[int, list[int]] = {}
+    alone = 0.0
     for step, row in enumerate(rows):  # type: ignore[var-annotated, arg-type]
         if step in plan.refreshes:
             assert row == (1.0,)
             continue
         past = [known for known in reversed(plan.refreshes) if known < step][: len(row)]
         off = g[step] * (curve[step] - sum(w * curve[known] for w, known in zip(row, past, strict=True)))
-        total, alone = total + off, alone + float(off @ off)
-    return float(total @ total), float(total @ total) + 0.3 * alone
+        sums[past[0]] = sums.get(past[0], 0.0) + off
+        middles.setdefault(past[0], []).append(step)
+        alone += float(off @ off)
+    error = 0.0
+    for one, other in itertools.product(sums, sums):
+        apart = abs(np.mean(middles[one]) - np.mean(middles[other]))
+        error += float(np.exp(-apart / COHERENCE) * (sums[one] @ sums[other]))
+    return error, error + 0.3 * alone
 
 
 def test_a_straight_line_is_continued_without_error() -> None:
     start, slope = np.random.default_rng(0).normal(size=(2, 30))
     curve = start + np.arange(12.0)[:, None] * slope
-    found = Planner(curve @ curve.T, np.ones(12), history=2, ridge=1e-12)
+    found = Planner(differences(curve @ curve.T), np.ones(12), history=2, ridge=1e-12)
     plan = found.filled((0, 1, 4))
     assert plan.objective < 1e-6 * float(np.trace(curve @ curve.T))
     assert plan.rows[7] == pytest.approx((2.0, -1.0), abs=1e-3)
@@ -125,7 +135,7 @@ def test_long_runs_are_forbidden() -> None:
 
 
 def test_bad_input() -> None:
-    square = np.eye(4)
+    square = differences(np.eye(4))
     for options, words in (
         ({"history": 4}, "history must be 1, 2 or 3"),
         ({"warm_up": 0}, "warm_up must be from 1 to 4"),
