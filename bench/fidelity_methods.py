@@ -45,7 +45,7 @@ from diffcache_fx.provenance import hash_of_weights
 OURS = "calibrated plan"
 CALIBRATED_ON, IMAGES = 11, 20  # a seed that no scored image has, and samples of it
 TUNED_ON, FEW = 12, 10
-LONGEST, REFINE = 20, 16
+LONGEST, REFINE = 20, 24
 REACHED = 0.06  # a method reaches a budget whose logarithm is at most so far off
 Knob = float
 Made = Callable[["Tuner", Knob], CacheSchedule]
@@ -159,21 +159,15 @@ class Tuner:
 
     # --- what methods want to know of the model ----------------------------------------------------------------------
 
-    def calibration(self, regions: Trunk) -> Calibration:
-        if regions not in self._calibrations:
-            self._calibrations[regions] = Calibration(
-                self.runs.demo.model,
-                self.sampler(IMAGES, CALIBRATED_ON),
-                regions=regions,
-                longest=LONGEST,
-                refine=REFINE,
-                backend=self.runs.backend,
-            )
-        return self._calibrations[regions]
-
     @cached_property
-    def _calibrations(self) -> dict[Trunk, Calibration]:
-        return {}
+    def _calibration(self) -> Calibration:
+        return Calibration(
+            self.runs.demo.model,
+            self.sampler(IMAGES, CALIBRATED_ON),
+            longest=LONGEST,
+            refine=REFINE,
+            backend=self.runs.backend,
+        )
 
     def recording(self, regions: Any, storage: str) -> Recording:
         key = repr((regions, storage))
@@ -194,17 +188,11 @@ class Tuner:
         return fitting.segment_errors(few)
 
     def calibrated(self, budget: float) -> CacheSchedule:
-        """With the trunk cached from its first block on, or from its second, whichever comes nearer to uncached samples
-        on noise that was not planned on."""
-        found = []
-        for regions in (Trunk(first=1), Trunk(first=0)):
-            work = self.calibration(regions)
-            off = {count: abs(math.log(work.ideal(count) / budget)) for count in range(work.least, work.steps)}
-            nearest = min(off, key=off.__getitem__)
-            plan = work.best(nearest, work.seed + 1)
-            far = off[nearest] > REACHED
-            found.append((far, off[nearest] if far else work.level(plan, work.seed + 1), work.schedule(plan)))
-        return min(found, key=lambda entry: entry[:2])[2]
+        """With the whole trunk cached; of plans for this budget the one that comes nearest to uncached samples on noise
+        that was not planned on."""
+        work = self._calibration
+        nearest = min(range(work.least, work.steps), key=lambda count: abs(math.log(work.ideal(count) / budget)))
+        return work.schedule(work.best(nearest, work.seed + 1))
 
     def learned(self, refreshes: int) -> CacheSchedule:
         bits = spaced(refreshes, self.runs.steps, 1)

@@ -45,6 +45,26 @@ class JointPlan:
         return sum(part.objective for part in self.parts)
 
 
+class _Damped(dict[tuple[int, float, int], Planner]):
+    """Planners with powers of the measured gains, by group, power and warm-up; made when they are asked for."""
+
+    def __init__(self, planners: Sequence[Planner]) -> None:
+        super().__init__()
+        self._planners = planners
+
+    def __missing__(self, key: tuple[int, float, int]) -> Planner:
+        group, power, warm_up = key
+        own = self._planners[group]
+        made = Planner(
+            own.effects,
+            own.gains**power,
+            history=own.history,
+            longest=own.longest,
+            warm_up=max(warm_up, own.warm_up),
+        )
+        return self.setdefault(key, made)
+
+
 class Allotment:
     """Shares refreshes among groups. planners: one for each group, of one run. costs: FLOPs that a refresh of each
     group takes. A budget is given as the number of steps at which all groups might refresh."""
@@ -56,7 +76,9 @@ class Allotment:
 
     def other(self, **options: float) -> Allotment:
         """One that trusts the linear picture less, or more (`Planner.other`)."""
-        return Allotment([planner.other(**options) for planner in self.planners], self.costs)
+        made = Allotment([planner.other(**options) for planner in self.planners], self.costs)
+        made._damped = self._damped
+        return made
 
     def plan(self, refreshes: int) -> JointPlan:
         """The plan of least error that costs at most so many refreshes of all groups."""
@@ -69,7 +91,20 @@ class Allotment:
     def together(self, refreshes: int) -> JointPlan:
         """All groups refreshed at the same steps, those that are best for them as one; each is filled by itself."""
         steps = self._as_one.plan(refreshes).refreshes
-        return JointPlan(tuple(planner.filled(steps) for planner in self.planners))
+        return self.refilled([steps] * len(self.planners))
+
+    def damped(self, refreshes: int, power: float, warm_up: int = 1, moved: bool = True) -> JointPlan:
+        """Refreshed where errors reach the end by a power below 1 of what was measured (0: all steps count alike), and
+        at so many first steps: errors that are no longer small even out on their way, and forecasts want to know how
+        values turn. moved: refreshes are moved for as long as that lowers E."""
+        counts = self.counts(refreshes)
+        planners = [self._damped[index, power, min(warm_up, n)] for index, n in enumerate(counts)]
+        chosen = [p.plan(n).refreshes if moved else p.selected(n) for p, n in zip(planners, counts, strict=True)]
+        return self.refilled(chosen)
+
+    def refilled(self, refreshes: Sequence[tuple[int, ...]]) -> JointPlan:
+        """A plan of these refreshes of each group."""
+        return JointPlan(tuple(p.filled(steps) for p, steps in zip(self.planners, refreshes, strict=True)))
 
     def neighbours(self, plan: JointPlan) -> list[JointPlan]:
         """Plans in which a refresh of one group, or all of its from there on, are a few steps away; best first."""
@@ -105,6 +140,10 @@ class Allotment:
             self.planners[0].selected(refreshes)  # says what forbids it
             raise CalibrationError(f"{refreshes} refreshes are too few for runs of this length in every group")
         return front[-1][2]
+
+    @cached_property
+    def _damped(self) -> _Damped:
+        return _Damped(self.planners)
 
     @cached_property
     def _as_one(self) -> Planner:

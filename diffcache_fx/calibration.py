@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ from .trial import Trial, planned
 
 Sampler = Callable[[Any, int], Tensor]
 Progress = Callable[[str, int, int], None]
-# How far the linear picture is trusted, beside the planner's own measure of it.
-TRIED: tuple[dict[str, float], ...] = ({"coherence": 24.0}, {"coherence": 1e6}, {"steadiness": 0.03})
+# Powers of the gains, refreshes at the start and whether they are moved, of further plans that are tried.
+DAMPED = ((0.5, 1, True), (0.5, 1, False), (0.0, 3, True))
 MOST_GROUPS = 4
 
 
@@ -58,8 +59,9 @@ class Calibration:
     memory_cap: most bytes of cache for one guidance branch; shortens the history.
     probes: steps at which the way of an error of each selection to the final sample is measured, each for part of a
         generation.
-    refine: plans more that are tried, each in a generation, to move the one that is found towards what does best: where
-        errors are too large for the linear picture (few refreshes) the best plan is near the predicted one, not it.
+    refine: plans more that are tried, each in a generation, to move the one that is found towards what does best (and a
+        few other starts and ways to fill its steps): where errors are too large for the linear picture, with few
+        refreshes, the best plan is near the predicted one, not it.
     describe: the sampler in words, for messages. progress: told of each stage.
 
     Raises CalibrationError, naming what cannot be met.
@@ -192,23 +194,46 @@ class Calibration:
         return self._plans[refreshes]
 
     def best(self, refreshes: int, seed: int | None = None) -> JointPlan:
-        """Of the plans of this cost that trust the linear picture more or less (and, of several selections, that
-        refresh them together), the one whose samples come nearest to the uncached ones, by mean PSNR, as tried on some
-        noise (that of the recording, unless given)."""
-        plans = [self.plan(refreshes), self.allotment.drafted(refreshes)]
-        plans += [self.allotment.other(**options).plan(refreshes) for options in TRIED]
+        """Of plans of this cost that trust the linear picture more or less (and, of several selections, that refresh
+        them together), the one whose samples come nearest to the uncached ones, by mean PSNR, as tried on some noise
+        (that of the recording, unless given)."""
+        plans = {self.plan(refreshes): self.allotment}
+        plans |= {way.plan(refreshes): way for way in (self._sure, self._mixed)}
+        for options in DAMPED[: None if self.refine else 1]:
+            plans[self._mixed.damped(refreshes, *options)] = self._mixed
         if len(self.groups) > 1:
-            plans.append(self.allotment.together(refreshes))
-        return self._refined(min(plans, key=lambda plan: self.level(plan, seed)), seed)
+            plans[self.allotment.together(refreshes)] = self.allotment
+        best = min(plans, key=lambda plan: self.level(plan, seed))
+        if self.refine:
+            steps = [part.refreshes for part in best.parts]
+            plans |= {way.refilled(steps): way for way in (self.allotment, self._sure, self._mixed, self._polynomial)}
+            best = min(plans, key=lambda plan: self.level(plan, seed))
+        return self._refined(best, plans[best], seed)
 
-    def _refined(self, plan: JointPlan, seed: int | None) -> JointPlan:
-        """Moved to a neighbour for as long as one does better, of those that should do best."""
+    # Ways to fill steps that trust the linear picture more, or less.
+
+    @cached_property
+    def _sure(self) -> Allotment:
+        return self.allotment.other(coherence=1e6)
+
+    @cached_property
+    def _mixed(self) -> Allotment:
+        return self.allotment.other(polynomial=0.5)
+
+    @cached_property
+    def _polynomial(self) -> Allotment:
+        return self.allotment.other(polynomial=1.0)
+
+    def _refined(self, plan: JointPlan, way: Allotment, seed: int | None) -> JointPlan:
+        """Moved to a neighbour, filled the same way, for as long as one does better, of those that should do best."""
         left = self.refine
         while left > 0:
             better = None
-            for other in self.allotment.neighbours(plan)[:left]:
+            for other in way.neighbours(plan):
+                if left == 0:
+                    break
                 self.told("refine", self.refine - left, self.refine)
-                left -= 1
+                left -= (other, self._seed(seed)) not in self._levels
                 if self.level(other, seed) < self.level(plan, seed):
                     better = other
                     break
@@ -229,7 +254,7 @@ class Calibration:
 
     def moved(self, plan: JointPlan, seed: int | None = None) -> float:
         """Mean square error of the final samples under a plan."""
-        seed = self.seed if seed is None else seed
+        seed = self._seed(seed)
         if (plan, seed) not in self._moved:
             self._measure_error(plan, seed)
         return self._moved[plan, seed]
@@ -237,10 +262,13 @@ class Calibration:
     def level(self, plan: JointPlan, seed: int | None = None) -> float:
         """Mean logarithm of the mean square error of each final sample under a plan: what mean PSNR tells. Unlike the
         mean it does not hang on the one sample that a plan happens to turn to something else."""
-        seed = self.seed if seed is None else seed
+        seed = self._seed(seed)
         if (plan, seed) not in self._levels:
             self._measure_error(plan, seed)
         return self._levels[plan, seed]
+
+    def _seed(self, seed: int | None) -> int:
+        return self.seed if seed is None else seed
 
     def errors(self, plan: JointPlan, target: Psnr | RelativeL1, seed: int) -> Tensor:
         """Error of each sample under a plan, from the uncached samples of the same noise."""

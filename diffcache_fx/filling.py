@@ -5,16 +5,20 @@ For regions refreshed and reused together, a reuse step fills their value by a w
 what holding the value of step s at step t would do (`effects`). To first order the final sample moves by sum_t g_t d_t,
 where the number g_t, measured, tells how an error of step t reaches the end. What is minimised is
 
-    E = |sum_t g_t d_t|^2 + steadiness * sum_t g_t^2 |d_t|^2:
+    E = sum_(r, q) c_rq <D_r, D_q> + steadiness * sum_t g_t^2 |d_t|^2,
 
-the error of the final sample, and a share of what each step is off by itself, since what cancels only in the linear
-picture cannot be relied on. For given refreshes the weights start from those that fill each step best by itself, and
-the steps of a run of reuses are moved off them together, by the same multiples of what its refreshes can change
-(Taylor, Newton, Hermite, BDF and learned rows are points among all these weights).
+where D_r is the sum of g_t d_t over a run of reuses and c_rq = exp(-|steps between the runs| / coherence): the error of
+the final sample, to which runs that lie far apart add less surely, since the way to the end turns errors (with an
+infinite coherence it is |sum_t g_t d_t|^2), and a share of what each step is off by itself. For given refreshes the
+weights start from those that fill each step best by itself, and the steps of a run are moved off them together, by the
+same multiples of what its refreshes can change. Taylor, Newton, Hermite, BDF and learned rows are points among all
+these weights; what errors do beyond the linear picture can be in favour of polynomials (Taylor's, on even intervals),
+so that weights may be mixed with theirs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +29,7 @@ from .errors import CalibrationError
 
 Array = NDArray[np.float64]
 STEADINESS = 0.3
-COHERENCE = 8.0
+COHERENCE = 24.0
 # Keeps the weights of nearly parallel values from growing beyond what is measured.
 RIDGE = 1e-6
 _AHEAD = 12  # reuses of a run that are looked at together
@@ -34,7 +38,7 @@ _AHEAD = 12  # reuses of a run that are looked at together
 @dataclass(frozen=True)
 class Planned:
     """refreshes: the steps that compute. rows: weights of each step, newest refreshed value first (1 where it
-    refreshes). error: |sum_t g_t d_t|^2, predicted. objective: E."""
+    refreshes). error: the first sum of E, the squared error of the final samples as predicted. objective: E."""
 
     refreshes: tuple[int, ...]
     rows: tuple[tuple[float, ...], ...]
@@ -58,7 +62,7 @@ class Filling:
     """Fills one recorded run of one group of regions. A step that sees one refreshed value holds it.
 
     effects: [steps, steps, width], e_(t, s) for s before t. gains: [steps], g_t. history: how many refreshed values a
-    forecast sees.
+    forecast sees. coherence: in steps. polynomial: share of the weights that continue values by polynomials.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Filling:
         history: int = 2,
         steadiness: float = STEADINESS,
         coherence: float = COHERENCE,
+        polynomial: float = 0.0,
         ridge: float = RIDGE,
     ) -> None:
         self.steps = len(effects)
@@ -80,32 +85,37 @@ class Filling:
             raise CalibrationError(f"steadiness must be above 0, not {steadiness!r}")
         self.effects, self.gains = effects.astype(np.float64), gains.astype(np.float64)
         self.history, self.steadiness, self.ridge = history, steadiness, ridge
-        self.coherence = coherence
+        self.coherence, self.polynomial = coherence, polynomial
         self._known: dict[tuple[int, ...], Reuses] = {}
 
     def filled(self, refreshes: Sequence[int]) -> Planned:
-        """The weights that minimise E for given refreshes (the first step among them)."""
+        """The weights for given refreshes (the first step among them): those that minimise E, and of polynomials in
+        the share that they have."""
         runs, moves = self._balanced(refreshes)
         rows: list[tuple[float, ...]] = [(1.0,)] * self.steps
+        totals, alone = [], 0.0
         for (known, length), move in zip(runs, moves, strict=True):
-            for index in range(length):
-                weights = known.weights[index] + move @ known.directions[index]
-                rows[known.past[0] + 1 + index] = tuple(float(weight) for weight in weights)
-        error, alone = self._errors(runs, moves)
+            weights = known.weights[:length] + move @ known.directions[:length]
+            weights += self.polynomial * (_continued(known.past, length) - weights)
+            for index, row in enumerate(weights):
+                rows[known.past[0] + 1 + index] = tuple(float(weight) for weight in row)
+            off = np.einsum("tk,tkw->tw", weights, self.held(np.array([known.past]), length)[0])
+            totals.append(off.sum(0))
+            alone += float(np.square(off).sum())
+        error = self._added(runs, np.array(totals))
         return Planned(tuple(sorted(refreshes)), tuple(rows), error, error + self.steadiness * alone)
 
     def objective(self, refreshes: Sequence[int]) -> float:
-        """E of the best weights."""
-        error, alone = self._errors(*self._balanced(refreshes))
-        return error + self.steadiness * alone
+        """E of the weights that minimise it."""
+        runs, moves = self._balanced(refreshes)
+        both = list(zip(runs, moves, strict=True))
+        totals = np.array([known.sums[length] + move @ known.reach[length] for (known, length), move in both])
+        alone = [known.squares[length] + length * float(move @ move) for (known, length), move in both]
+        return self._added(runs, totals) + self.steadiness * sum(alone)
 
-    def _errors(self, runs: list[tuple[Reuses, int]], moves: list[Array]) -> tuple[float, float]:
-        """Both sums of E."""
-        if not runs:
-            return 0.0, 0.0
-        totals = np.stack([known.sums[n] + move @ known.reach[n] for (known, n), move in zip(runs, moves, strict=True)])
-        alone = [known.squares[n] + n * float(move @ move) for (known, n), move in zip(runs, moves, strict=True)]
-        return float((self._alike(runs) * (totals @ totals.T)).sum()), sum(alone)
+    def _added(self, runs: list[tuple[Reuses, int]], totals: Array) -> float:
+        """The first sum of E, from what runs are off by [runs, width]."""
+        return float((self._alike(runs) * (totals @ totals.T)).sum()) if runs else 0.0
 
     def _alike(self, runs: list[tuple[Reuses, int]]) -> Array:
         """[runs, runs], c of their middles."""
@@ -169,6 +179,15 @@ class Filling:
         """By row, the weights of refreshes (newest first) that fill each of some steps best by itself, by least
         squares."""
         return least_squares(self.effects[np.array(steps)[:, None], list(past)], self.ridge)[0]
+
+
+def _continued(past: tuple[int, ...], length: int) -> Array:
+    """[length, past]: the weights that continue past values (newest first) by the polynomial through them."""
+    points, steps = np.array(past, dtype=np.float64), past[0] + 1.0 + np.arange(length)
+    table = np.ones((length, len(past)))
+    for one, other in itertools.permutations(range(len(past)), 2):
+        table[:, one] *= (steps - points[other]) / (points[one] - points[other])
+    return table
 
 
 def least_squares(held: Array, ridge: float) -> tuple[Array, Array, Array, Array]:

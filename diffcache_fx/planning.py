@@ -34,16 +34,31 @@ class Planner(Filling):
         warm_up: int = 1,
         steadiness: float = STEADINESS,
         coherence: float = COHERENCE,
+        polynomial: float = 0.0,
         ridge: float = RIDGE,
     ) -> None:
-        super().__init__(effects, gains, history=history, steadiness=steadiness, coherence=coherence, ridge=ridge)
+        super().__init__(
+            effects,
+            gains,
+            history=history,
+            steadiness=steadiness,
+            coherence=coherence,
+            polynomial=polynomial,
+            ridge=ridge,
+        )
         if not 1 <= warm_up <= self.steps:
             raise CalibrationError(f"warm_up must be from 1 to {self.steps} steps, not {warm_up!r}")
         self.longest, self.warm_up = longest, warm_up
         self._runs: dict[tuple[int, ...], Array] = {}
         self._tables: list[_Table] | None = None
 
-    def other(self, *, steadiness: float | None = None, coherence: float | None = None) -> Planner:
+    def other(
+        self,
+        *,
+        steadiness: float | None = None,
+        coherence: float | None = None,
+        polynomial: float | None = None,
+    ) -> Planner:
         """One for the same run that trusts the linear picture less, or more."""
         made = Planner(
             self.effects,
@@ -53,9 +68,10 @@ class Planner(Filling):
             warm_up=self.warm_up,
             steadiness=self.steadiness if steadiness is None else steadiness,
             coherence=self.coherence if coherence is None else coherence,
+            polynomial=self.polynomial if polynomial is None else polynomial,
             ridge=self.ridge,
         )
-        made._runs, made._tables, made._known = self._runs, self._tables, self._known  # what neither of them touches
+        made._runs, made._tables, made._known = self._runs, self._solved(), self._known  # what none of them touches
         return made
 
     def plan(self, refreshes: int) -> Planned:
