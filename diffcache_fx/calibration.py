@@ -1,14 +1,14 @@
 """`calibrate`: state a target, have the model measured, get the schedule.
 
-One recorded generation tells how the regions' values move, parts of a few more how their errors reach the final sample;
-the rest is planning (`planning`), and the plan is tried before it is returned (`finding`).
+One recorded generation tells how the regions' values move, a second one what holding them does to the latents
+(`effects`), parts of a few more how that reaches the final sample (`probing`); the rest is planning (`planning`), and
+plans are tried before one is returned (`choosing`, `finding`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .allotment import Allotment, JointPlan
+from .choosing import Choice
 from .clock import Clock
 from .compile import user_shapes
 from .effects import effects
@@ -33,8 +34,6 @@ from .trial import Trial, planned
 
 Sampler = Callable[[Any, int], Tensor]
 Progress = Callable[[str, int, int], None]
-# Powers of the gains, refreshes at the start and whether they are moved, of further plans that are tried.
-DAMPED = ((0.5, 1, True), (0.5, 1, False), (0.0, 3, True))
 MOST_GROUPS = 4
 
 
@@ -129,6 +128,7 @@ class Calibration:
             for table, own in zip(tables, self.gains, strict=True)
         ]
         self.allotment = Allotment(planners, [self._saved(group) for group in range(len(self.groups))])
+        self.choice = Choice(self)
 
     # --- measuring -------------------------------------------------------------------------------------------------
 
@@ -194,53 +194,9 @@ class Calibration:
         return self._plans[refreshes]
 
     def best(self, refreshes: int, seed: int | None = None) -> JointPlan:
-        """Of plans of this cost that trust the linear picture more or less (and, of several selections, that refresh
-        them together), the one whose samples come nearest to the uncached ones, by mean PSNR, as tried on some noise
-        (that of the recording, unless given)."""
-        plans = {self.plan(refreshes): self.allotment}
-        plans |= {way.plan(refreshes): way for way in (self._sure, self._mixed)}
-        for options in DAMPED[: None if self.refine else 1]:
-            plans[self._mixed.damped(refreshes, *options)] = self._mixed
-        if len(self.groups) > 1:
-            plans[self.allotment.together(refreshes)] = self.allotment
-        best = min(plans, key=lambda plan: self.level(plan, seed))
-        if self.refine:
-            steps = [part.refreshes for part in best.parts]
-            plans |= {way.refilled(steps): way for way in (self.allotment, self._sure, self._mixed, self._polynomial)}
-            best = min(plans, key=lambda plan: self.level(plan, seed))
-        return self._refined(best, plans[best], seed)
-
-    # Ways to fill steps that trust the linear picture more, or less.
-
-    @cached_property
-    def _sure(self) -> Allotment:
-        return self.allotment.other(coherence=1e6)
-
-    @cached_property
-    def _mixed(self) -> Allotment:
-        return self.allotment.other(polynomial=0.5)
-
-    @cached_property
-    def _polynomial(self) -> Allotment:
-        return self.allotment.other(polynomial=1.0)
-
-    def _refined(self, plan: JointPlan, way: Allotment, seed: int | None) -> JointPlan:
-        """Moved to a neighbour, filled the same way, for as long as one does better, of those that should do best."""
-        left = self.refine
-        while left > 0:
-            better = None
-            for other in way.neighbours(plan):
-                if left == 0:
-                    break
-                self.told("refine", self.refine - left, self.refine)
-                left -= (other, self._seed(seed)) not in self._levels
-                if self.level(other, seed) < self.level(plan, seed):
-                    better = other
-                    break
-            if better is None:
-                break
-            plan = better
-        return plan
+        """Of plans of this cost the one whose samples come nearest to the uncached ones, by mean PSNR, as tried on some
+        noise (that of the recording, unless given); see `choosing`."""
+        return self.choice.best(refreshes, self.seed if seed is None else seed)
 
     def tried(self, plan: JointPlan, seed: int) -> Tensor:
         """The samples of a generation under a plan; what is known of the uncached one is not computed again."""
@@ -254,7 +210,7 @@ class Calibration:
 
     def moved(self, plan: JointPlan, seed: int | None = None) -> float:
         """Mean square error of the final samples under a plan."""
-        seed = self._seed(seed)
+        seed = self.seed if seed is None else seed
         if (plan, seed) not in self._moved:
             self._measure_error(plan, seed)
         return self._moved[plan, seed]
@@ -262,13 +218,14 @@ class Calibration:
     def level(self, plan: JointPlan, seed: int | None = None) -> float:
         """Mean logarithm of the mean square error of each final sample under a plan: what mean PSNR tells. Unlike the
         mean it does not hang on the one sample that a plan happens to turn to something else."""
-        seed = self._seed(seed)
+        seed = self.seed if seed is None else seed
         if (plan, seed) not in self._levels:
             self._measure_error(plan, seed)
         return self._levels[plan, seed]
 
-    def _seed(self, seed: int | None) -> int:
-        return self.seed if seed is None else seed
+    def was_tried(self, plan: JointPlan, seed: int) -> bool:
+        """Whether its level is known."""
+        return (plan, seed) in self._levels
 
     def errors(self, plan: JointPlan, target: Psnr | RelativeL1, seed: int) -> Tensor:
         """Error of each sample under a plan, from the uncached samples of the same noise."""

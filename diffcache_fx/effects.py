@@ -40,7 +40,7 @@ Steps = dict[str, list[Tensor]]
 
 
 def effects(measured: Calibration, group: int) -> Array | None:
-    """[steps, steps, WIDTH] float32: e_(t, s) of one selection, for s before t. None where that cannot be told for
+    """[steps, steps, WIDTH]: e_(t, s) of one selection, for s before t. None where that cannot be told for
     little: the rest of the model is too large a part of it, or its values are."""
     regions, steps, trial = measured.regions_of(group), measured.steps, measured.trial
     rest = 1 - sum(region.flops for region in regions) / measured.recording.full_flops
@@ -113,7 +113,7 @@ class _Table:
         self._rows = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
         self._maps = maps or [torch.eye(ends[-1])]
         self._folding: tuple[Tensor, Tensor] | None = None
-        self.entries = np.zeros((steps, steps, WIDTH), dtype=np.float32)
+        self.entries: Array = np.zeros((steps, steps, WIDTH))
 
     def add(self, branch: str, step: int, before: int, off: Tensor) -> None:
         """What holding does to one branch's outputs at a step."""
@@ -166,14 +166,17 @@ def _maps(measured: Calibration, known: Replay, leaf: int) -> list[Tensor] | Non
         branch: [[o[0] + added, *o[1:]] for o, added in zip(known[branch], noise[branch], strict=True)]
         for branch in known
     }
-    latents = []
-    for said in (known, noisy):
-        seen: Steps = {}
-        with measured.trial.driven(lambda schedule, s=said, n=seen: _Replaying(schedule, measured.steps, s, leaf, n)):
-            measured.run(measured.trial, measured.seed)
-        latents.append(_stacked(seen))
+    latents = [_replayed(measured, said, leaf) for said in (known, noisy)]
     off = [_flat(after - before) for before, after in zip(*latents, strict=True)]
     return linear_maps(off, [_flat(entry)[:, : off[0].shape[1]] for entry in _stacked(noise)])
+
+
+def _replayed(measured: Calibration, said: Replay, leaf: int) -> list[Tensor]:
+    """The latents of each step of a generation in which the model says this."""
+    seen: Steps = {}
+    with measured.trial.driven(lambda schedule: _Replaying(schedule, measured.steps, said, leaf, seen)):
+        measured.run(measured.trial, measured.seed)
+    return _stacked(seen)
 
 
 def linear_maps(off: Sequence[Tensor], added: Sequence[Tensor]) -> list[Tensor] | None:

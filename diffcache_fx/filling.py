@@ -175,11 +175,6 @@ class Filling:
         found: Array = self.effects[steps[:, None], pasts[:, None, :]] * self.gains[steps, None, None]
         return found
 
-    def own_weights(self, past: Sequence[int], steps: Sequence[int]) -> Array:
-        """By row, the weights of refreshes (newest first) that fill each of some steps best by itself, by least
-        squares."""
-        return least_squares(self.effects[np.array(steps)[:, None], list(past)], self.ridge)[0]
-
 
 def _continued(past: tuple[int, ...], length: int) -> Array:
     """[length, past]: the weights that continue past values (newest first) by the polynomial through them."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import CalibrationError
-from .filling import differences
+from .filling import RIDGE, differences
 from .forecasts import Taylor
 from .planning import LONGEST, Array, Planner
 from .probing import holding
@@ -105,14 +105,26 @@ def learned_rows(recording: Recording, bits: Sequence[int], history: int = 3) ->
         raise CalibrationError(
             f"bits must have one entry for each of the {recording.steps} recorded steps, and compute the first"
         )
-    planner = Planner(differences(region.gram.numpy()), np.ones(recording.steps), history=history)
+    gram = region.gram.numpy()
     rows: list[tuple[float, ...]] = []
     past: list[int] = []
     for step, computed in enumerate(bits):
         if computed:
             past = [step, *past][:history]
-        rows.append((1.0,) if computed else tuple(float(w) for w in planner.own_weights(past, [step])[0]))
+        alone = computed or len(past) == 1
+        rows.append((1.0,) if alone else tuple(float(weight) for weight in _nearest(gram, past, step)))
     return tuple(rows)
+
+
+def _nearest(gram: Array, past: Sequence[int], step: int) -> Array:
+    """The weights of past values that come nearest to a step's, found as changes of holding the newest one."""
+    basis = np.eye(len(past))
+    basis[1:, 0] = -1.0
+    inner = basis @ gram[np.ix_(past, past)] @ basis.T
+    target = basis @ (gram[past, step] - gram[past, past[0]])
+    scale = np.diag(inner).clip(min=np.finfo(np.float64).tiny)
+    found: Array = np.eye(len(past))[0] + np.linalg.solve(inner + RIDGE * np.diag(scale), target) @ basis
+    return found
 
 
 def dynamic_plan(
