@@ -23,9 +23,9 @@ COVERED = 0.95
 
 @dataclass(frozen=True)
 class Findings:
-    """What a calibration measured, beside its schedule. gains: of each selection [steps], how far the final samples move
-    for what holding its values does at a step. plan: the chosen one. predicted: mean square error of the final samples
-    to first order, measured: what it was. speedup: measured, None where it was not asked for."""
+    """What a calibration measured, beside its schedule. gains: of each selection [steps], how far the final samples
+    move for what holding its values does at a step. plan: the chosen one. predicted: mean square error of the final
+    samples to first order, measured: what it was. speedup: measured, None where it was not asked for."""
 
     schedule: CacheSchedule
     recording: Recording
