@@ -8,7 +8,7 @@ against error one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -82,11 +82,8 @@ class Allotment:
 
     def plan(self, refreshes: int) -> JointPlan:
         """The plan of least error that costs at most so many refreshes of all groups."""
-        return self._planned(refreshes, Planner.plan)
-
-    def drafted(self, refreshes: int) -> JointPlan:
-        """The same as dynamic programming leaves it (`Planner.drafted`)."""
-        return self._planned(refreshes, Planner.drafted)
+        counts = self.counts(refreshes)
+        return JointPlan(tuple(planner.plan(n) for planner, n in zip(self.planners, counts, strict=True)))
 
     def together(self, refreshes: int) -> JointPlan:
         """All groups refreshed at the same steps, those that are best for them as one; each is filled by itself."""
@@ -98,7 +95,8 @@ class Allotment:
         at so many first steps: errors that are no longer small even out on their way, and forecasts want to know how
         values turn. moved: refreshes are moved for as long as that lowers E."""
         counts = self.counts(refreshes)
-        planners = [self._damped[index, power, min(warm_up, n)] for index, n in enumerate(counts)]
+        firsts = [min(warm_up, n, p.most_first(n)) for p, n in zip(self.planners, counts, strict=True)]
+        planners = [self._damped[index, power, first] for index, first in enumerate(firsts)]
         chosen = [p.plan(n).refreshes if moved else p.selected(n) for p, n in zip(planners, counts, strict=True)]
         return self.refilled(chosen)
 
@@ -113,10 +111,6 @@ class Allotment:
             for moved in planner.neighbours(part.refreshes):
                 found.append(JointPlan((*plan.parts[:index], planner.filled(moved), *plan.parts[index + 1 :])))
         return sorted(found, key=lambda entry: entry.objective)
-
-    def _planned(self, refreshes: int, make: Callable[[Planner, int], Planned]) -> JointPlan:
-        counts = self.counts(refreshes)
-        return JointPlan(tuple(make(planner, n) for planner, n in zip(self.planners, counts, strict=True)))
 
     def counts(self, refreshes: int) -> tuple[int, ...]:
         """How often each group refreshes. Raises CalibrationError where the budget is too small for the longest

@@ -19,7 +19,7 @@ from .allotment import Allotment, JointPlan
 from .choosing import Choice
 from .clock import Clock
 from .compile import user_shapes
-from .effects import effects
+from .effects import Maps, effects, sampler_maps
 from .errors import CalibrationError
 from .filling import Array, differences
 from .finding import Findings, find
@@ -40,6 +40,10 @@ MOST_GROUPS = 4
 def calibrate(model: Any, sampler: Sampler, target: Target, **options: Any) -> CacheSchedule:
     """The schedule of least error that meets a target; see `Calibration` for the options."""
     return Calibration(model, sampler, **options).find(target).schedule
+
+
+class NotFiniteError(CalibrationError):
+    """Samples of a generation are not finite."""
 
 
 class Calibration:
@@ -110,6 +114,7 @@ class Calibration:
         self._errors: dict[tuple[JointPlan, Psnr | RelativeL1, int], Tensor] = {}
         self.recording = recorder.recording()
         self._known = {seed: recorder.outputs()}
+        self._maps: list[Maps | None] = []
         self._recorder = recorder
         self.told("record", 1, 1)
         self.steps = self.recording.steps
@@ -141,7 +146,7 @@ class Calibration:
                 f"the sampler must return the final samples as a tensor [N, ...], not {type(samples).__name__}"
             )
         if not bool(samples.isfinite().all()):
-            raise CalibrationError("the sampler returned samples that are not finite")
+            raise NotFiniteError("the sampler returned samples that are not finite")
         return samples.detach().float().cpu()
 
     def _fitting(self, history: int, cap: int | None) -> int:
@@ -170,6 +175,12 @@ class Calibration:
         if found is not None:
             return found
         return differences(np.sum([region.gram.numpy() for region in self.regions_of(group)], axis=0))
+
+    def maps(self) -> Maps | None:
+        """What the sampler makes of the model's outputs; measured once."""
+        if not self._maps:
+            self._maps.append(sampler_maps(self))
+        return self._maps[0]
 
     @property
     def outputs(self) -> Replay:
@@ -234,7 +245,11 @@ class Calibration:
         return self._errors[plan, target, seed]
 
     def _measure_error(self, plan: JointPlan, seed: int, target: Psnr | RelativeL1 | None = None) -> None:
-        samples, reference = self.tried(plan, seed), self._reference(seed)
+        reference = self._reference(seed)
+        try:
+            samples = self.tried(plan, seed)
+        except NotFiniteError:  # a forecast that ran away; other plans may do
+            samples = torch.full_like(reference, torch.inf)
         each = (samples - reference).square().flatten(1).mean(1)
         self._moved[plan, seed] = float(each.mean())
         self._levels[plan, seed] = float(each.clamp_min(torch.finfo(each.dtype).tiny).log().mean())

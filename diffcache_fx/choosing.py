@@ -24,8 +24,9 @@ class Choice:
         """The best plan tried, and moved on from there where the calibration may refine; of several selections one that
         refreshes them together is among them."""
         measured, own = self._measured, self._measured.allotment
-        plans = {measured.plan(refreshes): own}
-        plans |= {way.plan(refreshes): way for way in (self._sure, self._mixed)}
+        planned = measured.plan(refreshes)
+        plans = {planned: own, self._sure.plan(refreshes): self._sure}
+        plans[self._mixed.refilled([part.refreshes for part in planned.parts])] = self._mixed
         for options in DAMPED[: None if measured.refine else 1]:
             plans[self._mixed.damped(refreshes, *options)] = self._mixed
         if len(measured.groups) > 1:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,8 @@ class Planned:
 
     refreshes: tuple[int, ...]
     rows: tuple[tuple[float, ...], ...]
-    error: float
-    objective: float
+    error: float = field(compare=False)
+    objective: float = field(compare=False)
 
     @property
     def bits(self) -> tuple[bool, ...]:
@@ -54,7 +54,8 @@ def differences(gram: Array) -> Array:
     """[steps, steps, steps]: of each pair (t, s) a vector F_s - F_t, given the inner products of the F: the effects of
     holding a value where nothing tells what becomes of it."""
     size, turn = np.linalg.eigh((gram + gram.T) / 2)
-    values: Array = turn * np.sqrt(size.clip(min=0.0))
+    counts = size > size.max() * 1e-15
+    values: Array = turn[:, counts] * np.sqrt(size[counts])
     return values[None, :] - values[:, None]
 
 
@@ -83,14 +84,14 @@ class Filling:
             raise CalibrationError(f"history must be 1, 2 or 3, not {history!r}")
         if not steadiness > 0:
             raise CalibrationError(f"steadiness must be above 0, not {steadiness!r}")
-        self.effects, self.gains = effects.astype(np.float64), gains.astype(np.float64)
+        self.effects, self.gains = np.asarray(effects, dtype=np.float64), gains.astype(np.float64)
         self.history, self.steadiness, self.ridge = history, steadiness, ridge
         self.coherence, self.polynomial = coherence, polynomial
         self._known: dict[tuple[int, ...], Reuses] = {}
 
     def filled(self, refreshes: Sequence[int]) -> Planned:
-        """The weights for given refreshes (the first step among them): those that minimise E, and of polynomials in
-        the share that they have."""
+        """The weights for given refreshes (the first step among them): those of least E among the ones that move the
+        steps of a run together, and polynomials' in the share that they have."""
         runs, moves = self._balanced(refreshes)
         rows: list[tuple[float, ...]] = [(1.0,)] * self.steps
         totals, alone = [], 0.0
@@ -106,7 +107,7 @@ class Filling:
         return Planned(tuple(sorted(refreshes)), tuple(rows), error, error + self.steadiness * alone)
 
     def objective(self, refreshes: Sequence[int]) -> float:
-        """E of the weights that minimise it."""
+        """E of the weights that minimise it, where the steps of a run are moved together."""
         runs, moves = self._balanced(refreshes)
         both = list(zip(runs, moves, strict=True))
         totals = np.array([known.sums[length] + move @ known.reach[length] for (known, length), move in both])
@@ -127,7 +128,8 @@ class Filling:
 
         What a step is off by has a part that no weights of what it sees can change, and one that is free. Only the sum
         of the free parts of a run's steps matters to the final sample, and it costs least when they all have the same
-        share of it. So there are as many unknowns as runs have directions.
+        share of it: exactly so where a run's steps are free in the same directions, as those of one value are. So there
+        are as many unknowns as runs have directions.
         """
         order = sorted(refreshes)
         ends = [*order[1:], self.steps]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import CalibrationError
-from .filling import RIDGE, differences
+from .filling import RIDGE
 from .forecasts import Taylor
 from .planning import LONGEST, Array, Planner
 from .probing import holding
@@ -144,7 +144,9 @@ class _TaylorPlanner(Planner):
     """Fills steps by Taylor's forecast, and adds up what each is off by."""
 
     def __init__(self, gram: Array, order: int, longest: int, warm_up: int) -> None:
-        super().__init__(differences(gram), np.ones(len(gram)), history=order + 1, longest=longest, warm_up=warm_up)
+        super().__init__(
+            np.zeros((*gram.shape, 1)), np.ones(len(gram)), history=order + 1, longest=longest, warm_up=warm_up
+        )
         self.gram = gram
         self._forecast = Taylor(order)
 

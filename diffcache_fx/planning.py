@@ -52,13 +52,7 @@ class Planner(Filling):
         self._runs: dict[tuple[int, ...], Array] = {}
         self._tables: list[_Table] | None = None
 
-    def other(
-        self,
-        *,
-        steadiness: float | None = None,
-        coherence: float | None = None,
-        polynomial: float | None = None,
-    ) -> Planner:
+    def other(self, *, coherence: float | None = None, polynomial: float | None = None) -> Planner:
         """One for the same run that trusts the linear picture less, or more."""
         made = Planner(
             self.effects,
@@ -66,7 +60,7 @@ class Planner(Filling):
             history=self.history,
             longest=self.longest,
             warm_up=self.warm_up,
-            steadiness=self.steadiness if steadiness is None else steadiness,
+            steadiness=self.steadiness,
             coherence=self.coherence if coherence is None else coherence,
             polynomial=self.polynomial if polynomial is None else polynomial,
             ridge=self.ridge,
@@ -89,10 +83,14 @@ class Planner(Filling):
             waiting = [self._shifted, self._exchanged] if better else waiting[1:]
         return self.filled(found)
 
-    def drafted(self, refreshes: int) -> Planned:
-        """The plan of dynamic programming as it is: what moving its refreshes gains under E may be lost where errors
-        are too large for the linear picture."""
-        return self.filled(self.selected(refreshes))
+    def most_first(self, refreshes: int) -> int:
+        """How many of so many refreshes can lie at the start, for the others to reach the end in runs that are not too
+        long; at least the warm-up."""
+        able = [n for n in range(self.warm_up, refreshes + 1) if self._reach(n, refreshes) >= self.steps]
+        return max(able, default=self.warm_up)
+
+    def _reach(self, first: int, refreshes: int) -> int:
+        return first + self.longest + (refreshes - first) * (self.longest + 1)
 
     def neighbours(self, refreshes: tuple[int, ...]) -> set[tuple[int, ...]]:
         """What moving one refresh, or all from it on, by a few steps makes of these."""

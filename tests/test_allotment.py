@@ -42,7 +42,7 @@ def test_the_knapsack_is_exact(costs: tuple[float, ...]) -> None:
         sums = {counts: sum(float(own[n]) for own, n in zip(errors, counts, strict=True)) for counts in able}
         found = made.counts(budget)
         assert sums[found] == pytest.approx(min(sums.values()), abs=1e-9)
-        assert [len(part.refreshes) for part in made.drafted(budget).parts] <= list(found)
+        assert [len(part.refreshes) for part in made.plan(budget).parts] <= list(found)
     assert made.counts(4)[-1] > made.counts(4)[0]  # whose errors are a hundred times as large
 
 
@@ -51,7 +51,7 @@ def test_one_group_is_its_planner() -> None:
     made = Allotment([alone], [7.0])
     for budget in (3, 5, 8):
         assert made.plan(budget).parts == (alone.plan(budget),)
-        assert made.drafted(budget).parts == (alone.drafted(budget),)
+        assert made.plan(budget).parts == (alone.plan(budget),)
         assert made.together(budget).refreshes == alone.plan(budget).refreshes
 
 

@@ -126,6 +126,46 @@ def test_a_straight_line_is_continued_without_error() -> None:
     assert plan.rows[7] == pytest.approx((2.0, -1.0), abs=1e-3)
 
 
+@pytest.mark.parametrize("refreshes", [3, 4, 5, 9])
+def test_refreshes_at_the_start_leave_enough_for_the_rest(refreshes: int) -> None:
+    found = planner(30, longest=6)
+    least = 1 + -(-(30 - 1 - 6) // 7)
+    if refreshes < least:
+        assert found.most_first(refreshes) == 1
+        return
+    first = found.most_first(refreshes)
+    assert planner(30, longest=6, warm_up=first).plan(refreshes).refreshes[:first] == tuple(range(first))
+    with pytest.raises(CalibrationError, match="runs of more than 6 reuses"):
+        planner(30, longest=6, warm_up=first + 1).plan(refreshes)
+
+
+def test_polynomials_have_their_share_of_the_weights() -> None:
+    steps = (0, 2, 5)
+    found = {share: planner(10, history=3).other(polynomial=share).filled(steps) for share in (0.0, 0.5, 1.0)}
+    for step in (6, 8, 9):
+        expected = [  # Lagrange's
+            np.prod([(step - other) / (one - other) for other in steps if other != one]) for one in reversed(steps)
+        ]
+        assert found[1.0].rows[step] == pytest.approx(expected)
+        halves = (np.array(found[0.0].rows[step]) + found[1.0].rows[step]) / 2
+        assert found[0.5].rows[step] == pytest.approx(halves)
+    assert found[0.0].objective <= found[0.5].objective
+
+
+def test_runs_far_apart_add_up_less() -> None:
+    """With a large coherence E is that of the sum of all errors."""
+    g = gains(10)
+    surely = planner(10).other(coherence=1e9)
+    plan = surely.filled((0, 3, 6))
+    total = np.zeros(surely.effects.shape[2])
+    for step, row in enumerate(plan.rows):
+        if step not in plan.refreshes:
+            past = [known for known in reversed(plan.refreshes) if known < step][: len(row)]
+            total += g[step] * (np.array(row) @ surely.effects[step, past])
+    assert plan.error == pytest.approx(float(total @ total))
+    assert planner(10).other(coherence=1e-9).filled((0, 3, 6)).error != pytest.approx(plan.error, rel=1e-3)
+
+
 def test_long_runs_are_forbidden() -> None:
     found = planner(20, longest=3)
     steps = found.plan(6).refreshes
