@@ -25,7 +25,7 @@ COVERED = 0.95
 class Findings:
     """What a calibration measured, beside its schedule. gains: of each selection [steps], how far the final samples
     move for what holding its values does at a step. plan: the chosen one. predicted: mean square error of the final
-    samples to first order, measured: what it was. speedup: measured, None where it was not asked for."""
+    samples as planned for, measured: what it was. speedup: measured, None where it was not asked for."""
 
     schedule: CacheSchedule
     recording: Recording

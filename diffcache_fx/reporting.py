@@ -67,11 +67,11 @@ def calibration_page(model: str, work: Calibration, found: Findings, target: Any
     page.picture("plan", figures.plan_grid(decisions), "computed and reused, by region and step")
     page.section("How values change", "Relative L1 change from step to step, of each block where the model has blocks.")
     page.picture("changes", figures.change_map(_blocks(work)), "relative L1 change by region and step")
-    page.section("How errors travel", "How far the final sample moves for a value that is off at a step, by step.")
+    page.section("How errors travel", "How far the final sample moves for what holding the values of a step changes, by step.")
     titles = [repr(group) for group in work.groups] if len(work.groups) > 1 else ["gain"]
     gains = {title: [float(gain) for gain in own] for title, own in zip(titles, found.gains, strict=True)}
     page.picture("gains", figures.lines(gains, "step", "gain", log=True), "gain by step")
-    page.section("Other budgets", "PSNR to the uncached samples as predicted to first order, and as measured here.")
+    page.section("Other budgets", "PSNR to the uncached samples as planned for, and as measured here.")
     page.picture("budgets", figures.quality_against_speed(_budgets(work, found), "speed-up by FLOPs"), "PSNR by budget")
     _samples(page, {"uncached": work.reference, "with this plan": samples})
     return page
