@@ -67,7 +67,7 @@ def calibration_page(model: str, work: Calibration, found: Findings, target: Any
     page.picture("plan", figures.plan_grid(decisions), "computed and reused, by region and step")
     page.section("How values change", "Relative L1 change from step to step, of each block where the model has blocks.")
     page.picture("changes", figures.change_map(_blocks(work)), "relative L1 change by region and step")
-    page.section("How errors travel", "How far the final sample moves for what holding the values of a step changes, by step.")
+    page.section("How errors travel", "How far the final sample moves for what holding a value changes, by step.")
     titles = [repr(group) for group in work.groups] if len(work.groups) > 1 else ["gain"]
     gains = {title: [float(gain) for gain in own] for title, own in zip(titles, found.gains, strict=True)}
     page.picture("gains", figures.lines(gains, "step", "gain", log=True), "gain by step")
