@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,19 +20,18 @@ from diffcache_fx.export.backends import check_backend
 from diffcache_fx.passes.correct import constant_name
 
 from .calibration import Progress, Sampler, check_count, within
+from .call import Call
 from .compile import Captured, Options, user_shapes
 from .correction import ScaleShift
 from .denoiser import CachedDenoiser
 from .driver import Driver
 from .errors import CalibrationError
 from .learners import ClosedForm, Learner, Trained
-from .plan import Reused
 from .provenance import Provenance
 from .recognition import Place
 from .record import Decision
 from .schedule import CacheSchedule
-from .state import CacheState
-from .step_set import Feed, StepSet
+from .step_set import Feed
 
 
 class _AligningDriver(Driver):
@@ -43,23 +41,16 @@ class _AligningDriver(Driver):
         super().__init__(schedule, num_steps)
         self.run = run
 
-    def _run_specialised(
-        self,
-        steps: StepSet,
-        place: Place,
-        allowed: Reused,
-        reason: str,
-        state: CacheState,
-        users: Mapping[int, Tensor],
-    ) -> tuple[list[Tensor], Decision]:
+    def _run_specialised(self, call: Call) -> tuple[list[Tensor], Decision]:
+        steps, place, state = call.steps, call.place, call.state
         if place.refining:
             raise CalibrationError(
                 "corrections are fitted to runs that call the model once at each timestep, and this sampler refines: "
                 "take one that does not, or a schedule without corrections"
             )
-        key = steps.choice.serve(allowed, steps.weight)
+        key = steps.choice.serve(call.allowed, steps.weight)
         rows = self._rows(steps, key, state, place.position, {}) if key else None
-        feed = Feed(users, rows=rows, moment=self._moment(steps, place))
+        feed = Feed(call.users, rows=rows, moment=self._moment(steps, place))
         results = steps.run(key, state, feed)
         self.run.note(place)
         moments = {target.rpartition("/")[0]: values for target, values in results.signals.items()}
@@ -69,7 +60,7 @@ class _AligningDriver(Driver):
             results = steps.run(key, state, feed) if learner.again else results
         for name, values in results.states.items():
             state.histories[name].refresh(values, float(place.position))
-        return results.users, self._decision(steps, place, key, reason)
+        return results.users, call.decision(key)
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from .choosing import Choice
 from .clock import Clock
 from .compile import user_shapes
 from .effects import Maps, effects, sampler_maps
-from .errors import CalibrationError
+from .errors import CalibrationError, NotFiniteError
 from .filling import Array, differences
 from .finding import Findings, find
 from .planning import LONGEST, Planner
@@ -31,6 +31,7 @@ from .schedule import CacheSchedule
 from .selection import Selection, Trunk
 from .targets import Psnr, RelativeL1, Target
 from .trial import Trial, planned
+from .trying import Tries
 
 Sampler = Callable[[Any, int], Tensor]
 Progress = Callable[[str, int, int], None]
@@ -40,10 +41,6 @@ MOST_GROUPS = 4
 def calibrate(model: Any, sampler: Sampler, target: Target, **options: Any) -> CacheSchedule:
     """The schedule of least error that meets a target; see `Calibration` for the options."""
     return Calibration(model, sampler, **options).find(target).schedule
-
-
-class NotFiniteError(CalibrationError):
-    """Samples of a generation are not finite."""
 
 
 class Calibration:
@@ -62,9 +59,9 @@ class Calibration:
     memory_cap: most bytes of cache for one guidance branch; shortens the history.
     probes: steps at which the way of an error of each selection to the final sample is measured, each for part of a
         generation.
-    refine: plans more that are tried, each in a generation, to move the one that is found towards what does best (and a
-        few other starts and ways to fill its steps): where errors are too large for the linear picture, with few
-        refreshes, the best plan is near the predicted one, not it.
+    refine: plans more that are tried, each in a generation or two, to move the one that is found towards what does best
+        (and a few other starts and ways to fill its steps): where errors are too large for the linear picture, with few
+        refreshes, the best plan is near the predicted one, not it. Two noises then tell which is best.
     describe: the sampler in words, for messages. progress: told of each stage.
 
     Raises CalibrationError, naming what cannot be met.
@@ -109,11 +106,8 @@ class Calibration:
             **backend_options,
         )
         self.reference = self.run(recorder, seed)
-        self._references, self._moved = {seed: self.reference}, dict[tuple[JointPlan, int], float]()
-        self._levels: dict[tuple[JointPlan, int], float] = {}
-        self._errors: dict[tuple[JointPlan, Psnr | RelativeL1, int], Tensor] = {}
         self.recording = recorder.recording()
-        self._known = {seed: recorder.outputs()}
+        self.tries = Tries(self, recorder, self.reference)
         self._maps: list[Maps | None] = []
         self._recorder = recorder
         self.told("record", 1, 1)
@@ -185,7 +179,7 @@ class Calibration:
     @property
     def outputs(self) -> Replay:
         """What the model returned in the generation that was recorded."""
-        return self._known[self.seed]
+        return self.tries.said(self.seed)
 
     @property
     def latents(self) -> int:
@@ -211,7 +205,7 @@ class Calibration:
 
     def tried(self, plan: JointPlan, seed: int) -> Tensor:
         """The samples of a generation under a plan; what is known of the uncached one is not computed again."""
-        self.trial.follow(plan, self._known.get(seed))
+        self.trial.follow(plan, self.tries.said(seed))
         return self.run(self.trial, seed)
 
     def timed(self, plan: JointPlan, uncached: Callable[..., Any]) -> Clock:
@@ -221,47 +215,15 @@ class Calibration:
 
     def moved(self, plan: JointPlan, seed: int | None = None) -> float:
         """Mean square error of the final samples under a plan."""
-        seed = self.seed if seed is None else seed
-        if (plan, seed) not in self._moved:
-            self._measure_error(plan, seed)
-        return self._moved[plan, seed]
+        return self.tries.outcome(plan, self.seed if seed is None else seed).moved
 
     def level(self, plan: JointPlan, seed: int | None = None) -> float:
-        """Mean logarithm of the mean square error of each final sample under a plan: what mean PSNR tells. Unlike the
-        mean it does not hang on the one sample that a plan happens to turn to something else."""
-        seed = self.seed if seed is None else seed
-        if (plan, seed) not in self._levels:
-            self._measure_error(plan, seed)
-        return self._levels[plan, seed]
-
-    def was_tried(self, plan: JointPlan, seed: int) -> bool:
-        """Whether its level is known."""
-        return (plan, seed) in self._levels
+        """Mean logarithm of the mean square error of each final sample under a plan (`trying.Outcome`)."""
+        return self.tries.outcome(plan, self.seed if seed is None else seed).level
 
     def errors(self, plan: JointPlan, target: Psnr | RelativeL1, seed: int) -> Tensor:
         """Error of each sample under a plan, from the uncached samples of the same noise."""
-        if (plan, target, seed) not in self._errors:
-            self._measure_error(plan, seed, target)
-        return self._errors[plan, target, seed]
-
-    def _measure_error(self, plan: JointPlan, seed: int, target: Psnr | RelativeL1 | None = None) -> None:
-        reference = self._reference(seed)
-        try:
-            samples = self.tried(plan, seed)
-        except NotFiniteError:  # a forecast that ran away; other plans may do
-            samples = torch.full_like(reference, torch.inf)
-        each = (samples - reference).square().flatten(1).mean(1)
-        self._moved[plan, seed] = float(each.mean())
-        self._levels[plan, seed] = float(each.clamp_min(torch.finfo(each.dtype).tiny).log().mean())
-        if target is not None:
-            self._errors[plan, target, seed] = target.error(samples, reference)
-
-    def _reference(self, seed: int) -> Tensor:
-        if seed not in self._references:
-            self._recorder.forget()
-            self._references[seed] = self.run(self._recorder, seed)
-            self._known[seed] = self._recorder.outputs()
-        return self._references[seed]
+        return self.tries.outcome(plan, seed).errors[type(target)]
 
     def schedule(self, plan: JointPlan) -> CacheSchedule:
         """A plan as a schedule, with what it was made for."""

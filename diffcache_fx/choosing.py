@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from .allotment import Allotment, JointPlan
@@ -14,32 +16,53 @@ if TYPE_CHECKING:
 DAMPED = ((0.5, 1, True), (0.5, 1, False), (0.0, 3, True))
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """A way to come to a plan of so many refreshes. way: how its steps are filled."""
+
+    make: Callable[[int], JointPlan]
+    way: Allotment
+
+
 class Choice:
     """Among the plans of a calibration, as they do in generations."""
 
     def __init__(self, measured: Calibration) -> None:
         self._measured = measured
 
-    def best(self, refreshes: int, seed: int) -> JointPlan:
-        """The best plan tried, and moved on from there where the calibration may refine; of several selections one that
-        refreshes them together is among them."""
-        measured, own = self._measured, self._measured.allotment
-        planned = measured.plan(refreshes)
-        plans = {planned: own, self._sure.plan(refreshes): self._sure}
-        plans[self._mixed.refilled([part.refreshes for part in planned.parts])] = self._mixed
-        for options in DAMPED[: None if measured.refine else 1]:
-            plans[self._mixed.damped(refreshes, *options)] = self._mixed
+    @cached_property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """What is tried: the best plan by the objective first; of several selections one that refreshes them together
+        is among them."""
+        measured, own, sure, mixed = self._measured, self._measured.allotment, self._sure, self._mixed
+
+        def mixing(refreshes: int) -> JointPlan:
+            return mixed.refilled([part.refreshes for part in measured.plan(refreshes).parts])
+
+        found = [Recipe(measured.plan, own), Recipe(sure.plan, sure), Recipe(mixing, mixed)]
+        for power, first, moved in DAMPED[: None if measured.refine else 1]:
+            found.append(Recipe(partial(mixed.damped, power=power, warm_up=first, moved=moved), mixed))
         if len(measured.groups) > 1:
-            plans[own.together(refreshes)] = own
-        best = self._least(plans, seed)
+            found.append(Recipe(own.together, own))
+        return tuple(found)
+
+    def best(self, refreshes: int, seed: int) -> JointPlan:
+        """The best plan tried, and moved on from there where the calibration may refine: on two noises then, since what
+        is moved to do best on one does worse on others."""
+        measured = self._measured
+        seeds = (seed, seed + 1) if measured.refine else (seed,)
+        plans = {recipe.make(refreshes): recipe.way for recipe in self.recipes}
+        best = self._least(plans, seeds)
         if measured.refine:
             steps = [part.refreshes for part in best.parts]
-            plans |= {way.refilled(steps): way for way in (own, self._sure, self._mixed, self._polynomial)}
-            best = self._least(plans, seed)
-        return self.refined(best, plans[best], seed)
+            ways = (measured.allotment, self._sure, self._mixed, self._polynomial)
+            plans |= {way.refilled(steps): way for way in ways}
+            best = self._least(plans, seeds)
+        return self.refined(best, plans[best], seeds)
 
-    def refined(self, plan: JointPlan, way: Allotment, seed: int) -> JointPlan:
-        """Moved to a neighbour, filled the same way, for as long as one does better, of those that should do best."""
+    def refined(self, plan: JointPlan, way: Allotment, seeds: Sequence[int]) -> JointPlan:
+        """Moved to a neighbour, filled the same way, for as long as one does better on each noise, of those that should
+        do best."""
         measured, left = self._measured, self._measured.refine
         while left > 0:
             better = None
@@ -47,8 +70,8 @@ class Choice:
                 if left == 0:
                     break
                 measured.told("refine", measured.refine - left, measured.refine)
-                left -= not measured.was_tried(other, seed)
-                if measured.level(other, seed) < measured.level(plan, seed):
+                left -= not measured.tries.known(other, seeds[0])
+                if all(measured.level(other, seed) < measured.level(plan, seed) for seed in seeds):
                     better = other
                     break
             if better is None:
@@ -56,8 +79,8 @@ class Choice:
             plan = better
         return plan
 
-    def _least(self, plans: dict[JointPlan, Allotment], seed: int) -> JointPlan:
-        return min(plans, key=lambda plan: self._measured.level(plan, seed))
+    def _least(self, plans: Iterable[JointPlan], seeds: Sequence[int]) -> JointPlan:
+        return min(plans, key=lambda plan: sum(self._measured.level(plan, seed) for seed in seeds))
 
     # --- ways to fill steps that trust the linear picture more, or less --------------------------------------------
 
@@ -74,4 +97,4 @@ class Choice:
         return self._measured.allotment.other(polynomial=1.0)
 
 
-__all__ = ["Choice"]
+__all__ = ["Choice", "Recipe"]

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from .call import Call, Tensors
 from .control import Controller
 from .guidance import Branches, is_unconditional, share_histories
 from .plan import Plan, Reused
@@ -20,7 +21,6 @@ from .schedule import CacheSchedule
 from .state import CacheState, bytes_of
 from .step_set import DIFFERENCE, PROBE, REBUILD, Feed, StepSet
 
-Tensors = Mapping[int, torch.Tensor]
 # Timesteps that a refining sampler may come back to: the nodes of a step, and where it ends.
 _VISITED = 8
 
@@ -98,7 +98,7 @@ class Driver:
         self._share(steps, allowed, state)
         run = self._run_branching if steps.branching else self._run_specialised
         try:
-            outputs, decision = run(steps, place, allowed, reason, state, users)
+            outputs, decision = run(Call(steps, place, state, users, allowed, reason))
             if self.schedule.branch is not None:
                 decision = self._compare(steps, place, state, outputs[0], decision)
         except BaseException:
@@ -194,19 +194,6 @@ class Driver:
         }
         return frozenset(r.name for r in steps.regions if r.name in wanted and r.rule not in closed)
 
-    def _decision(
-        self, steps: StepSet, place: Place, reused: Reused, reason: str, verdicts: tuple[Verdict, ...] = ()
-    ) -> Decision:
-        names = [region.name for region in steps.regions]
-        return Decision(
-            place.context.name,
-            place.step,
-            tuple(name for name in names if name not in reused),
-            tuple(name for name in names if name in reused),
-            reason,
-            verdicts,
-        )
-
     def _rows(
         self,
         steps: StepSet,
@@ -240,13 +227,12 @@ class Driver:
         moment = (float(place.position), (place.step + 1) / total if total else 0.0)
         return torch.tensor(moment, dtype=torch.float32, device=device)
 
-    def _run_specialised(
-        self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, users: Tensors
-    ) -> tuple[list[torch.Tensor], Decision]:
+    def _run_specialised(self, call: Call) -> tuple[list[torch.Tensor], Decision]:
+        steps, place, state, users = call.steps, call.place, call.state, call.users
         control, total = self._control, self._total(place)
         feed = Feed(users, kept=control.kept(steps, state, users))
         early = steps.run(PROBE, state, feed) if steps.split else None
-        turn = control.decide(steps, place, total, allowed, state, early.signals if early else {})
+        turn = control.decide(steps, place, total, call.allowed, state, early.signals if early else {})
         key = steps.choice.serve(turn.wanted, steps.weight)
         turn.confirm(key)
         feed.rows = self._rows(steps, key, state, place.position, turn.measured) if key else None
@@ -257,53 +243,49 @@ class Driver:
             state.histories[name].refresh(values, float(place.position))
         turn.finish({**(early.memory if early else {}), **results.memory}, results.signals)
         self.record.reads += turn.reads
-        return results.users, self._decision(steps, place, key, reason, turn.verdicts)
+        return results.users, call.decision(key, verdicts=turn.verdicts)
 
-    def _run_branching(
-        self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, users: Tensors
-    ) -> tuple[list[torch.Tensor], Decision]:
+    def _run_branching(self, call: Call) -> tuple[list[torch.Tensor], Decision]:
+        steps, place, state, users = call.steps, call.place, call.state, call.users
         sizes = steps.sizes(users)
         for region in steps.regions:
             state.zeros(region.name, sizes)
         by_group: dict[str, bool] = {}
         for region in steps.regions:
             group = steps.groups[region.name]
-            by_group[group] = by_group.get(group, False) or region.name not in allowed
+            by_group[group] = by_group.get(group, False) or region.name not in call.allowed
         reused = frozenset(r.name for r in steps.regions if not by_group[steps.groups[r.name]])
         needed = bool(self.schedule.adaptive) or any(self.schedule.corrections)
         feed = Feed(users, moment=self._moment(steps, place) if needed else None)
         if self.schedule.adaptive:
-            return self._run_deciding(steps, place, reused, reason, state, feed)
+            return self._run_deciding(call, forced=not reused, feed=feed)
         feed.rows = self._rows(steps, reused, state, place.position, {})
         feed.predicates = {group: self._flags[refresh] for group, refresh in by_group.items()}
         results = steps.run(frozenset(), state, feed)
         for region in steps.regions:
             state.histories[region.name].take(results.states[region.name])
             state.histories[region.name].shift(None if region.name in reused else float(place.position))
-        return results.users, self._decision(steps, place, reused, reason)
+        return results.users, call.decision(reused)
 
-    def _run_deciding(
-        self, steps: StepSet, place: Place, allowed: Reused, reason: str, state: CacheState, feed: Feed
-    ) -> tuple[list[torch.Tensor], Decision]:
+    def _run_deciding(self, call: Call, forced: bool, feed: Feed) -> tuple[list[torch.Tensor], Decision]:
         """A program that decides by itself: nothing is read back here; the record waits until it is asked."""
+        steps, place, state = call.steps, call.place, call.state
         (rule,) = self.schedule.adaptive
         guard = state.guards[rule]
         if not guard.graph:
             guard.graph = dict(steps.memory(frozenset(), steps.sizes(feed.users)))
-        forced = not allowed
         device = steps.regions[0].cut[0].device
         led = self._lead if self._lead and self._lead[:2] == (rule, place.step) else None
-        follows = led is not None and led[2] != place.context.name and not forced
+        follows = led is not None and led[2] != call.branch and not forced
         lead = torch.where(led[3], 1.0, -1.0) if led and follows else torch.tensor(float(forced), device=device)
         feed.force = {str(rule): lead}
         feed.kept = guard.graph
         results = steps.run(frozenset(), state, feed)
         guard.graph = results.memory
         if self.schedule.guidance == "together" and not follows:
-            self._lead = (rule, place.step, place.context.name, results.decisions[str(rule)])
+            self._lead = (rule, place.step, call.branch, results.decisions[str(rule)])
         for region in steps.regions:
             state.histories[region.name].take(results.states[region.name])
             state.histories[region.name].shift(float(place.position) if forced else None)
         pending = Verdict.pending(rule, results, forced or follows, place.new_generation or bool(place.doubt))
-        names = frozenset(region.name for region in steps.regions)
-        return results.users, self._decision(steps, place, names, reason, (pending,))
+        return results.users, call.decision(frozenset(state.histories), verdicts=(pending,))

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .call import Call
 from .driver import Driver
 from .filling import Array
-from .plan import Reused
 from .probing import holding
-from .recognition import Place
 from .record import Decision
 from .recording import Replay
 from .schedule import CacheSchedule
 from .state import CacheState
 from .step_set import Feed, StepSet
+from .trial import ReplayingDriver
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -81,19 +81,12 @@ class _Holding(Driver):
         self._names, self._far, self._table = names, far, table
         self._values: dict[str, list[Mapping[str, Sequence[Tensor]]]] = {}
 
-    def _run_specialised(
-        self,
-        steps: StepSet,
-        place: Place,
-        allowed: Reused,
-        reason: str,
-        state: CacheState,
-        users: Mapping[int, Tensor],
-    ) -> tuple[list[Tensor], Decision]:
-        computed = steps.run(frozenset(), state, Feed(users))
-        branch, outputs = place.context.name, [output.clone() for output in computed.users]
+    def _run_specialised(self, call: Call) -> tuple[list[Tensor], Decision]:
+        steps, users, branch = call.steps, call.users, call.branch
+        computed = steps.run(frozenset(), call.state, Feed(users))
+        outputs = [output.clone() for output in computed.users]
         values = {name: [value.clone() for value in found] for name, found in computed.states.items()}
-        if place.new_generation:
+        if call.place.new_generation:
             self._values[branch] = []
         past, rows = self._values[branch], self._rows_of(steps)
         for before in range(max(0, len(past) - self._far), len(past)):
@@ -103,7 +96,7 @@ class _Holding(Driver):
         if len(past) >= self._far:
             past[len(past) - self._far] = {}  # no longer seen
         past.append(values)
-        return outputs, self._decision(steps, place, frozenset(), reason)
+        return outputs, call.decision()
 
     def _held(self, steps: StepSet, values: Mapping[str, Sequence[Tensor]]) -> CacheState:
         """A cache that holds these values as the newest ones."""
@@ -152,27 +145,16 @@ class _Table:
 # --- what the sampler makes of outputs -------------------------------------------------------------------------------
 
 
-class _Replaying(Driver):
+class _Noting(ReplayingDriver):
     """Says what it is told to, and notes the latents it is given."""
 
     def __init__(self, schedule: CacheSchedule, num_steps: int, said: Replay, leaf: int, seen: Steps) -> None:
-        super().__init__(schedule, num_steps)
-        self._said, self._leaf, self._seen = said, leaf, seen
+        super().__init__(schedule, num_steps, said, num_steps)
+        self._leaf, self._seen = leaf, seen
 
-    def _run_specialised(
-        self,
-        steps: StepSet,
-        place: Place,
-        allowed: Reused,
-        reason: str,
-        state: CacheState,
-        users: Mapping[int, Tensor],
-    ) -> tuple[list[Tensor], Decision]:
-        branch = place.context.name
-        seen = self._seen.setdefault(branch, [])
-        said = self._said[branch][len(seen)]
-        seen.append(users[self._leaf].detach().float().cpu().clone())
-        return [output.clone() for output in said], self._decision(steps, place, frozenset(), "replayed")
+    def _run_specialised(self, call: Call) -> tuple[list[Tensor], Decision]:
+        self._seen.setdefault(call.branch, []).append(call.users[self._leaf].detach().float().cpu().clone())
+        return super()._run_specialised(call)
 
 
 @dataclass(frozen=True)
@@ -214,7 +196,7 @@ def sampler_maps(measured: Calibration) -> Maps | None:
 def _replayed(measured: Calibration, said: Replay, leaf: int) -> list[Tensor]:
     """The latents of each step of a generation in which the model says this."""
     seen: Steps = {}
-    with measured.trial.driven(lambda schedule: _Replaying(schedule, measured.steps, said, leaf, seen)):
+    with measured.trial.driven(lambda schedule: _Noting(schedule, measured.steps, said, leaf, seen)):
         measured.run(measured.trial, measured.seed)
     return _stacked(seen)
 

@@ -34,6 +34,10 @@ class CalibrationError(CacheError, ValueError):
     """A sampling run cannot be measured, a target not met, or a calibrated schedule belongs to another run."""
 
 
+class NotFiniteError(CalibrationError):
+    """Samples of a generation are not finite."""
+
+
 class ExportError(CacheError, RuntimeError):
     """An artefact cannot be written as asked; nothing is left behind."""
 

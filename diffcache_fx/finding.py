@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Share of samples whose error stays below the one asked for.
 COVERED = 0.95
+# By how much a speed-up by FLOPs should be larger than the one that is asked for.
+OVERHEAD = 1.08
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,36 @@ def _below(measured: Calibration, target: Psnr | RelativeL1) -> JointPlan:
     """The plan with the fewest refreshes whose errors stay below the target, on noise that was not planned on, in the
     share of samples that is to be covered. Raises CalibrationError where there is none."""
     low, high = measured.least, measured.steps
-    guess, tried = _expected(measured, target, 1.0, low, high), 0
+    guess, recipes, found = _expected(measured, target, 1.0, low, high), measured.choice.recipes, None
+    tried = 0
     while low < high:
         measured.told("try", tried, 0)
         tried += 1
-        plan = measured.plan(guess)
+        plans = {recipe.make(guess): recipe for recipe in recipes}
+        plan = min(plans, key=lambda plan: _covering(measured, plan, target))
         error = _covering(measured, plan, target)
+        recipes = (plans[plan],)  # the one that did best at first is followed
         if error <= target.largest:
-            high = guess
+            high, found = guess, plan
         else:
             low = guess + 1
         if low < high:  # the error that was predicted, put right by what it was
-            guess = _expected(measured, target, error / _predicted(plan, target), low, high)
-    best = measured.best(high, measured.seed + 1)
+            guess = _expected(measured, target, error / _predicted(measured.plan(guess), target), low, high)
+    for count in range(high if measured.refine else high - 1, measured.least - 1, -1):  # others may do with fewer
+        measured.told("try", tried, 0)
+        tried += 1
+        best = measured.best(count, measured.seed + 1)
+        if _covering(measured, best, target) <= target.largest:
+            found = best
+        elif count < high:
+            break
     measured.told("try", tried, tried)
-    for plan in (best, measured.plan(high)):
-        if _covering(measured, plan, target) <= target.largest:
-            return plan
-    most = float(measured.errors(measured.plan(measured.steps), target, measured.seed + 1).max())
+    every = found or measured.plan(measured.steps)
+    error = _covering(measured, every, target)
+    if error <= target.largest:
+        return every
     raise CalibrationError(
-        f"{target} cannot be met: even with a refresh at every step rounding moves the samples by more, by {most:.3g}: "
+        f"{target} cannot be met: even with a refresh at every step rounding moves the samples by more, {error:.3g}: "
         "ask for less"
     )
 
@@ -116,7 +128,7 @@ def _faster(measured: Calibration, target: Speedup | Latency) -> tuple[JointPlan
     """The plan with the most refreshes that is fast enough, as measured against the uncached model in turn."""
     uncached = compiled_baseline(measured.model, measured.backend, measured.backend_options)
     least, steps = measured.least, measured.steps
-    count, bound, told = max(least, steps // 2), steps, 0  # bound: the most that may still be fast enough
+    count, bound, told = _guess(measured, target), steps, 0  # bound: the most that may still be fast enough
     reached: tuple[int, float] | None = None
     while True:
         measured.told("time", told, 0)
@@ -139,3 +151,11 @@ def _faster(measured: Calibration, target: Speedup | Latency) -> tuple[JointPlan
         if reached is not None and count == reached[0]:
             measured.told("time", told, told)
             return measured.best(count), reached[1]
+
+
+def _guess(measured: Calibration, target: Speedup | Latency) -> int:
+    """How many refreshes to time first: as many as should do by FLOPs."""
+    if isinstance(target, Latency):
+        return max(measured.least, measured.steps // 2)
+    able = [n for n in range(measured.least, measured.steps + 1) if measured.ideal(n) >= OVERHEAD * target.times]
+    return max(able, default=measured.least)

@@ -15,20 +15,18 @@ from torch import Tensor, nn
 
 from diffcache_fx.passes.measure import QUANTITY, MeasureChanges
 
+from .call import Call
 from .compile import Captured, Options
 from .denoiser import CachedDenoiser
 from .driver import Driver
 from .errors import CalibrationError
 from .forecasts import Binomial
 from .guards import Always
-from .plan import Reused
-from .recognition import Place
 from .record import Decision
 from .references import BlocksOutput, Latents, ModelOutput, ModulatedInput, Reference
 from .schedule import CacheSchedule, Rule
 from .selection import Selection
-from .state import CacheState
-from .step_set import Feed, StepSet
+from .step_set import Feed
 
 LAGS = 3
 # A prime: elements at equal distances, such as one channel of all tokens, do not fall on the same sums.
@@ -107,16 +105,9 @@ class _RecordingDriver(Driver):
         self._open: dict[str, _Run] = {}
         self._kept: dict[str, dict[str, Tensor]] = {}
 
-    def _run_specialised(
-        self,
-        steps: StepSet,
-        place: Place,
-        allowed: Reused,
-        reason: str,
-        state: CacheState,
-        users: Mapping[int, Tensor],
-    ) -> tuple[list[Tensor], Decision]:
-        sizes, name = steps.sizes(users), place.context.name
+    def _run_specialised(self, call: Call) -> tuple[list[Tensor], Decision]:
+        steps, place, state, name = call.steps, call.place, call.state, call.branch
+        sizes = steps.sizes(call.users)
         if place.new_generation or name not in self._open:
             self._open[name] = _Run(name)
             self.runs.append(self._open[name])
@@ -125,14 +116,14 @@ class _RecordingDriver(Driver):
         for region in steps.regions:
             state.zeros(region.name, sizes)
         run.lags.append({region: tuple(history.ages) for region, history in state.histories.items()})
-        results = steps.run(frozenset(), state, Feed(users, kept=self._kept[name]))
+        results = steps.run(frozenset(), state, Feed(call.users, kept=self._kept[name]))
         self._kept[name] = dict(results.memory)
         run.signals.append(results.signals)
         run.timesteps.append(place.timestep)
         run.outputs.append([output.clone() for output in results.users])
         for region_name, values in results.states.items():
             state.histories[region_name].refresh(values, float(place.position))
-        return results.users, self._decision(steps, place, frozenset(), reason)
+        return results.users, call.decision()
 
 
 class RecordingDenoiser(CachedDenoiser):

@@ -50,7 +50,8 @@ class Psnr:
         _positive("decibels", self.decibels)
         _positive("data_range", self.data_range)
 
-    def error(self, samples: Tensor, reference: Tensor) -> Tensor:
+    @staticmethod
+    def error(samples: Tensor, reference: Tensor) -> Tensor:
         """Of each sample, its mean square error."""
         return (samples.double() - reference.double()).flatten(1).square().mean(1)
 
@@ -69,7 +70,8 @@ class RelativeL1:
     def __post_init__(self) -> None:
         _positive("largest", self.largest)
 
-    def error(self, samples: Tensor, reference: Tensor) -> Tensor:
+    @staticmethod
+    def error(samples: Tensor, reference: Tensor) -> Tensor:
         """Of each sample, its relative L1 error."""
         moved = (samples.double() - reference.double()).flatten(1).abs().mean(1)
         return moved / reference.double().flatten(1).abs().mean(1).clamp_min(torch.finfo(torch.float64).tiny)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .allotment import JointPlan
+from .call import Call
 from .clock import Clock
 from .compile import Options
 from .denoiser import CachedDenoiser
@@ -17,40 +18,27 @@ from .driver import Driver
 from .exchange import ExchangeableDenoiser
 from .forecasts import Binomial, Rows
 from .guards import Interval, Mask
-from .plan import Reused
 from .provenance import Provenance
-from .recognition import Place
 from .record import Decision
 from .recording import Replay
 from .schedule import CacheSchedule, Rule
 from .selection import Selection
-from .state import CacheState
-from .step_set import StepSet
 
 NAME = "calibrated"
 
 
-class _TrialDriver(Driver):
-    """Says what the model is known to say, up to the first value that is reused later: until then nothing differs from
-    the uncached run."""
+class ReplayingDriver(Driver):
+    """Says what the model is known to say, where it is known, at the steps before `first`."""
 
     def __init__(self, schedule: CacheSchedule, num_steps: int | None, known: Replay, first: int) -> None:
         super().__init__(schedule, num_steps)
         self._known, self._first = known, first
 
-    def _run_specialised(
-        self,
-        steps: StepSet,
-        place: Place,
-        allowed: Reused,
-        reason: str,
-        state: CacheState,
-        users: Mapping[int, Tensor],
-    ) -> tuple[list[Tensor], Decision]:
-        known = self._known.get(place.context.name)
-        if known is None or place.step >= self._first:
-            return super()._run_specialised(steps, place, allowed, reason, state, users)
-        return [output.clone() for output in known[place.step]], self._decision(steps, place, frozenset(), "replayed")
+    def _run_specialised(self, call: Call) -> tuple[list[Tensor], Decision]:
+        known, step = self._known.get(call.branch), call.place.step
+        if known is None or step >= self._first:
+            return super()._run_specialised(call)
+        return [output.clone() for output in known[step]], call.decision(reason="replayed")
 
 
 class Trial(ExchangeableDenoiser):
@@ -108,7 +96,8 @@ class Trial(ExchangeableDenoiser):
         num_steps, make = self._own["options"].num_steps, self._own["driven"]
         if make is not None:
             return make(self._own["schedule"])
-        return _TrialDriver(self._own["schedule"], num_steps, self._own["known"], self._own["first"])
+        # Up to the first value that is reused later nothing differs from the uncached run.
+        return ReplayingDriver(self._own["schedule"], num_steps, self._own["known"], self._own["first"])
 
 
 def first_used(bits: Sequence[bool], rows: Sequence[Sequence[float]]) -> int:

@@ -86,7 +86,7 @@ def test_a_plan_is_refined_by_trying(calibration: Calibration, monkeypatch: pyte
     for trials in (0, 10, 1000):
         monkeypatch.setattr(calibration, "refine", trials)
         tried.clear()
-        found[trials] = calibration.choice.refined(plain, calibration.allotment, 1)
+        found[trials] = calibration.choice.refined(plain, calibration.allotment, [1])
         assert len(tried) <= trials + 1
         assert calibration.ideal(found[trials]) == calibration.ideal(plain)
     assert found[0] == plain

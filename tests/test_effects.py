@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffcache_fx.calibration import Calibration, NotFiniteError
+from diffcache_fx.calibration import Calibration
 from diffcache_fx.effects import effects, linear_maps
+from diffcache_fx.errors import NotFiniteError
 from diffcache_fx.probing import holding
 
 from .toy import Denoiser
