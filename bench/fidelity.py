@@ -16,7 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from bench.fidelity_methods import OURS, REACHED, Contender, Tuner, chosen
 from bench.fidelity_report import markdown, pictures
 from bench.method_runs import Record, Runs, plain, read_json, write_json
 from bench.method_settings import NOT_APPLICABLE, UNCACHED, Setting
-from bench.quality import Estimate, FrechetDistance, Neighbourhoods, score
+from bench.quality import FEATURE_DRAWS, Estimate, FrechetDistance, Neighbourhoods, score
 from bench.samplers import SAMPLERS, steps_for
 from diffcache_fx import CacheError, CalibrationError
 from diffcache_fx.compile import Options
@@ -126,7 +126,7 @@ class Study:
         """What rows must have been made for to be kept."""
         facts = {name: getattr(self.options, name) for name in ("samples", "seeds", "steps", "dtype")}
         facts |= {"metrics": sorted(self.options.measures)} if self.options.measures else {}
-        return facts | {"weights": self.tuner.made_for["weights"]}
+        return facts | {"weights": self.tuner.made_for["weights"], "draws": FEATURE_DRAWS}
 
     @property
     def base(self) -> Setting:
@@ -148,7 +148,7 @@ class Study:
         """A setting drawn from all seeds and scored: together, and each seed by itself."""
         path = self.runs[0].work.parent / f"{setting.key}.json"
         known, weights = read_json(path), self.tuner.made_for["weights"]
-        made_for = plain({"samples": self.options.samples, "weights": weights})
+        made_for = plain({"samples": self.options.samples, "weights": weights, "draws": FEATURE_DRAWS})
         made_for |= {"metrics": sorted(self.options.measures)} if self.options.measures else {}
         made_for["runs"] = [plain(runs.config(setting)) for runs in self.runs]
         if known.get("made_for") != made_for:
@@ -181,7 +181,11 @@ class Study:
             estimate = measure(joined[0], reference, prompts)
             found |= {name: estimate} if estimate is not None else {}
         spent, full = (sum(entry[kind] for entry in flops) for kind in (0, 1))
-        return {"ideal_speedup": full / spent, "quality": {k: asdict(v) for k, v in found.items()}, "seeds": seeds}
+        return {
+            "ideal_speedup": full / spent,
+            "quality": {k: v.to_dict(draws=True) for k, v in found.items()},
+            "seeds": seeds,
+        }
 
     def control(self, sampler: str, budget: float) -> Record:
         """Fewer uncached steps, with some sampler."""

@@ -247,7 +247,7 @@ class Runs:
             found = score(images, self.labels(0, self.samples), self.demo.read, self.distance, reference)
             spent, full = (sum(batch[index] for batch in batches) for index in (0, 1))
             record |= {"flops": {"spent": spent, "full": full}, "ideal_speedup": full / spent}
-            record |= {"quality": {name: asdict(estimate) for name, estimate in found.items()}}
+            record |= {"quality": {name: estimate.to_dict() for name, estimate in found.items()}}
             record["seconds"] = round(sum(batch[2] for batch in batches), 1)
         except NOT_APPLICABLE as error:
             record["not_applicable"] = " ".join(str(error).split())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,22 @@ _EQUAL_DB = 20 * math.log10(2**16)  # images equal to the last bit, as measure.p
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its bootstrap interval; in the unit of the figure."""
+    """A figure with its bootstrap interval; in the unit of the figure. draws: of the bootstrap, where they are kept;
+    those of two sets of images of the same noise take the same images, and can be compared one by one."""
 
     value: float
     low: float
     high: float
+    draws: tuple[float, ...] = field(default=(), repr=False)
 
     @classmethod
-    def of(cls, data: dict[str, float]) -> Estimate:
-        return cls(data["value"], data["low"], data["high"])
+    def of(cls, data: dict[str, Any]) -> Estimate:
+        return cls(data["value"], data["low"], data["high"], tuple(data.get("draws", ())))
+
+    def to_dict(self, draws: bool = False) -> dict[str, Any]:
+        """For JSON; with the draws, where they are wanted and there are any."""
+        found: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high}
+        return found | ({"draws": [round(draw, 5) for draw in self.draws]} if draws and self.draws else {})
 
 
 def psnr_each(images: Tensor, reference: Tensor) -> Tensor:
@@ -124,12 +131,21 @@ def distance_estimate(
     """A distance of feature rows [N, D]; the interval resamples rows.
 
     Rows drawn twice make a set look smaller, and so farther away, than it is: the draws are shifted by their mean's
-    excess over the value, so that the interval tells the spread and not that bias. It does not go below 0.
+    excess over the value, so that the interval tells the spread, not that bias. It does not go below 0. Draws are kept.
     """
     value = distance(features)
     picks = np.random.default_rng(seed).integers(0, len(features), size=(draws, len(features)))
     found = np.array([distance(features[torch.from_numpy(rows)]) for rows in picks])
-    return _interval(value, (found - found.mean() + value).clip(min=min(0.0, value)))
+    shifted = found - found.mean() + value
+    return replace(_interval(value, shifted.clip(min=min(0.0, value))), draws=tuple(shifted.tolist()))
+
+
+def difference(ours: Estimate, other: Estimate) -> Estimate:
+    """Of two figures of images of the same noise, whose draws are of the same images; the interval is that of the
+    differences. Raises ValueError where draws were not kept."""
+    if not ours.draws or len(ours.draws) != len(other.draws):
+        raise ValueError(f"{len(ours.draws)} and {len(other.draws)} draws cannot be compared one by one")
+    return _interval(ours.value - other.value, np.array(ours.draws) - np.array(other.draws))
 
 
 def _interval(value: float, draws: np.ndarray[Any, Any]) -> Estimate:

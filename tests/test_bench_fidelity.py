@@ -93,7 +93,8 @@ def test_methods_come_as_near_to_a_budget_as_they_can(contender: Contender, tune
 
 def row(method: str, kind: str, psnr: float, frechet: float, budget: float = 2.0) -> Record:
     def estimate(value: float) -> Record:
-        return {"value": value, "low": value - 0.1, "high": value + 0.1}
+        draws = [value + off + 0.001 * len(method) * off for off in (-0.1, 0.0, 0.1)]
+        return {"value": value, "low": value - 0.1, "high": value + 0.1, "draws": draws}
 
     quality = {"psnr_db": estimate(psnr), "frechet": estimate(frechet), "accuracy": estimate(0.9)}
     seeds = [{"psnr_db": psnr + off, "frechet": frechet} for off in (-0.2, 0.2)]
@@ -117,20 +118,23 @@ DATA = {"rows": [entry | {"made_for": MADE_FOR} for entry in ROWS]}
 def test_the_verdict() -> None:
     found = verdict(ROWS, 2.0)
     assert found is not None
-    assert (found["best"], found["met"], found["not_worse"]) == ("fora", False, True)
+    assert (found["best"], found["met"], found["nearest"]) == ("fora", False, "foca")
+    assert [round(far.value, 2) for far in found["farther"]] == [0.35, -0.15, 0.05]
+    assert found["worse"] == ["uncached", "foca"]  # paired: by less than the distances' own intervals
     assert found["gain_db"] == pytest.approx(0.3)
     assert found["gain_by_seed_db"] == pytest.approx([0.3, 0.3])
     assert verdict(ROWS, 3.0) is None
-    better = [*ROWS[:1], row(OURS, "ours", 40.3, 1.45), *ROWS[2:]]
+    better = [*ROWS[:1], row(OURS, "ours", 40.3, 0.9), *ROWS[2:]]
     found = verdict(better, 2.0)
     assert found is not None
-    assert (found["met"], found["not_worse"]) == (True, False)
+    assert (found["met"], found["worse"]) == (True, [])
 
 
 def test_the_report(tmp_path: Path) -> None:
     text = markdown(DATA)
     assert "10 samples from 2 seeds, 50 steps, float32. Uncached: Fréchet distance 1.00." in text
-    assert "| 2x | fora | +0.30 | +0.30, +0.30 | MISSED | 1.35, 1.30 (foca) | no |" in text
+    assert "| 2x | fora | +0.30 | +0.30, +0.30 | MISSED | 1.35 | +0.35 [+0.35, +0.35] |" in text
+    assert "| +0.05 [+0.05, +0.05] (foca) | uncached, foca |" in text
     assert text.index("**calibrated plan**") < text.index("uncached, DDIM") < text.index("| foca")
     assert "Out of reach: pab (nearest 1.20x)." in text
     assert "t_gate does not apply: no." in text

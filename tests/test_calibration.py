@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,35 @@ def test_a_plan_is_refined_by_trying(calibration: Calibration, monkeypatch: pyte
     assert found[1000].refreshes == (0, 6, 8, 10)
 
 
+def test_what_is_moved_does_better_on_each_noise(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does better on one noise alone is not taken."""
+
+    def level(plan: JointPlan, seed: int | None = None) -> float:
+        return float(np.abs(np.array(plan.refreshes) - [0, 6, 8, 10]).sum()) * (1 if seed == 1 else -1)
+
+    plain = calibration.plan(4)
+    monkeypatch.setattr(calibration, "level", level)
+    monkeypatch.setattr(calibration, "refine", 50)
+    assert calibration.choice.refined(plain, calibration.allotment, [1]) != plain
+    assert calibration.choice.refined(plain, calibration.allotment, [1, 2]) == plain
+
+
+def test_an_error_is_met_with_the_fewest_refreshes_that_any_plan_tried_needs(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {0: 9, 1: 7, 2: 8, 3: 10}  # by recipe, in their order
+
+    def covering(_: Calibration, plan: JointPlan, target: Psnr) -> float:
+        ways = [index for index in needed for n in (len(plan.refreshes),) if recipes[index].make(n) == plan]
+        return target.largest * min(needed[way] / len(plan.refreshes) for way in ways)
+
+    recipes = calibration.choice.recipes
+    assert len(recipes) == len(needed)
+    monkeypatch.setattr("diffcache_fx.finding._covering", covering)
+    monkeypatch.setattr(calibration, "best", lambda count, seed: recipes[1].make(count))
+    assert len(calibration.find(Psnr(40.0)).plan.refreshes) == 7
+
+
 def test_gains_tell_how_errors_reach_the_end(calibration: Calibration) -> None:
     """Predicted and measured errors agree within a small factor, over two orders of magnitude."""
     for count in (3, 5, 8):
@@ -117,14 +147,14 @@ def test_a_speedup_is_found_from_the_time_of_each_call(
     seconds = {"uncached": 1.0, "refresh": 1.1, "reuse": 0.1}
     timed: list[int] = []
 
-    def time(plan: JointPlan, uncached: Any) -> Clock:
+    def timing(plan: JointPlan, uncached: Any) -> Clock:
         timed.append(sum(plan.bits))
         kinds = {0: [seconds["refresh"]] * sum(plan.bits), 1: [seconds["reuse"]] * (STEPS - sum(plan.bits))}
         return Clock(
             uncached, [seconds["uncached"]] * STEPS, {kind: taken for kind, taken in kinds.items() if taken}, 0.5
         )
 
-    monkeypatch.setattr(calibration, "timed", time)
+    monkeypatch.setattr(calibration, "timed", timing)
     for times in (1.2, 2.0, 3.0):
         timed.clear()
         found = calibration.find(Speedup(times))
@@ -134,6 +164,24 @@ def test_a_speedup_is_found_from_the_time_of_each_call(
         assert taken[0] >= times > taken[1]
         assert found.speedup == pytest.approx(taken[0])
         assert len(timed) <= 3
+
+
+def test_most_calls_are_timed_as_they_run() -> None:
+    """One after the other; the uncached model beside the first ones and every third one after them."""
+    order: list[str] = []
+    clock = Clock(lambda: order.append("uncached"))
+
+    def cached() -> None:
+        order.append("cached")
+        time.sleep(0.02 if order.count("cached") % 2 else 0.001)
+
+    clock.generation(lambda: [clock.call(cached, lambda: 1 - order.count("cached") % 2) for _ in range(12)])
+    assert clock.calls == 12
+    assert "".join(kind[0] for kind in order) == "ucucucuc" + "ccuc" + "ccuc" + "cc"
+    assert {kind: len(found) for kind, found in clock.cached.items()} == {0: 6, 1: 6}
+    assert clock.taken == pytest.approx(6 * 0.021, rel=0.3)
+    assert clock.expected(1.0) == pytest.approx(12 * 0.02, rel=0.3)
+    assert clock.whole < clock.taken
 
 
 def test_a_pipeline_is_calibrated_and_left_as_it_was() -> None:

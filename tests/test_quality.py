@@ -10,6 +10,7 @@ from bench.quality import (
     Estimate,
     FrechetDistance,
     Neighbourhoods,
+    difference,
     distance_estimate,
     mean_estimate,
     psnr_each,
@@ -124,3 +125,18 @@ def test_precision_and_recall() -> None:
     assert float(found["recall"].mean()) == pytest.approx(0.5, abs=0.15)
     same = Neighbourhoods(clouds)(clouds)
     assert float(same["precision"].mean()) == float(same["recall"].mean()) == 1
+
+
+def test_differences_are_told_more_sharply_than_the_figures() -> None:
+    """Of features of the same noise, most of the spread is the noise's."""
+    source = torch.Generator().manual_seed(0)
+    real, ours = (torch.randn(400, 4, generator=source, dtype=torch.float64) for _ in range(2))
+    distance = FrechetDistance(real)
+    near, far = (distance_estimate(features, distance) for features in (ours, ours * 1.05))
+    found = difference(far, near)
+    assert found.value == pytest.approx(far.value - near.value)
+    assert near.high > far.low  # by themselves they cannot be told apart
+    assert found.low > 0
+    assert (difference(near, near).low, difference(near, near).high) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="100 and 0 draws"):
+        difference(near, Estimate(1.0, 0.9, 1.1))
