@@ -58,6 +58,18 @@ class Seeded(Runs):
     def sampling(self) -> Any:
         return SAMPLERS[self.sampler](self.demo.scheduler())
 
+    @property
+    def _first_label(self) -> int:
+        return self.seed * self.samples % self.demo.num_classes
+
+    def labels(self, first: int, count: int) -> torch.Tensor:
+        """In turn, from seed to seed: together they are of all classes, as real images are."""
+        return super().labels(self._first_label + first, count)
+
+    def config(self, setting: Setting) -> Record:
+        labels = {"first_label": self._first_label} if self._first_label else {}
+        return super().config(setting) | labels
+
     def denoiser(self, setting: Setting, images: int) -> Any:
         """Compiled once for all schedules of one structure."""
         if setting.given is None:
