@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from bench import fidelity, perceptual
-from bench.fidelity import Study, Table
+from bench.fidelity import Seeded, Study, Table
 from bench.fidelity_methods import FEW, OURS, Contender, Tuner, chosen, contenders, respaced, spaced
 from bench.fidelity_report import markdown, pictures, verdict
 from bench.method_runs import Record, read_json
+from bench.method_settings import Setting
 from bench.quality import Neighbourhoods
 from diffcache_fx import Mask, RegionError, compile_with_cache, schedules
 from diffcache_fx.measure import executed_flops
@@ -89,6 +90,17 @@ def test_methods_come_as_near_to_a_budget_as_they_can(contender: Contender, tune
     assert f"{contender.method} at 2x" in read_json(tuner.runs.work / "tuned.json")
     tuner.forget([contender.method])
     assert set(read_json(tuner.runs.work / "tuned.json")) == {"made_for"}
+
+
+def test_labels_go_on_from_seed_to_seed(tmp_path: Path) -> None:
+    """Images of all seeds together are of all classes, however few there are of each seed."""
+    runs = [Seeded(tmp_path / str(seed), 4, batch=2, seed=seed) for seed in range(3)]
+    for each in runs:
+        each.demo = SimpleNamespace(num_classes=7)  # type: ignore[assignment]
+    labels = torch.cat([each.labels(first, 2) for each in runs for first in (0, 2)])
+    assert labels.tolist() == [number % 7 for number in range(12)]
+    settings = [each.config(Setting("uncached", "10 steps")) for each in runs]
+    assert [entry.get("first_label", 0) for entry in settings] == [0, 4, 1]
 
 
 def row(method: str, kind: str, psnr: float, frechet: float, budget: float = 2.0) -> Record:
