@@ -23,7 +23,11 @@ def parse_schedule(text: str) -> CacheSchedule:
     name, colon, rest = text.partition(":")
     known = schedules.list()
     if name in known:
-        return schedules.get(name, **(_options(name, rest) if colon else {}))
+        options = _options(name, rest) if colon else {}
+        try:
+            return schedules.get(name, **options)
+        except ScheduleError as error:
+            raise ScheduleError(f"{text}: {error}") from error
     if Path(text).exists() or Path(text).suffix == ".json" or len(Path(text).parts) > 1:
         return schedules.resolve(text)
     raise ScheduleError(f"no schedule is called {name!r}{nearest(name, known)} (`diffcache-fx schedules` lists them)")

@@ -7,6 +7,7 @@ plans are tried before one is returned (`choosing`, `finding`).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from diffcache_fx.export.backends import check_backend
 
 from .allotment import Allotment, JointPlan
 from .choosing import Choice
@@ -29,7 +32,7 @@ from .provenance import Provenance
 from .recording import RecordingDenoiser, RegionRecord, Replay
 from .schedule import CacheSchedule
 from .selection import Selection, Trunk
-from .targets import Psnr, RelativeL1, Target
+from .targets import Psnr, RelativeL1, Target, check_target
 from .trial import Trial, planned
 from .trying import Tries
 
@@ -40,6 +43,7 @@ MOST_GROUPS = 4
 
 def calibrate(model: Any, sampler: Sampler, target: Target, **options: Any) -> CacheSchedule:
     """The schedule of least error that meets a target; see `Calibration` for the options."""
+    check_target(target)
     return Calibration(model, sampler, **options).find(target).schedule
 
 
@@ -90,6 +94,8 @@ class Calibration:
             check_count(name, value, 1, most)
         check_count("probes", probes, 2, None)
         check_count("refine", refine, 0, None)
+        check_backend(backend, backend_options)
+        check_sampler(sampler)
         self.model, self._sample = within(model, sampler)
         self.groups = tuple(regions) if isinstance(regions, Sequence) else (regions or Trunk(first=0),)
         if not 1 <= len(self.groups) <= MOST_GROUPS:
@@ -247,6 +253,16 @@ def check_count(name: str, value: Any, least: int, most: int | None) -> None:
     if not whole or value < least or (most is not None and value > most):
         limits = f"from {least}" + (f" to {most}" if most is not None else "")
         raise CalibrationError(f"{name} must be a whole number {limits}, not {value!r}")
+
+
+def check_sampler(sampler: Any) -> None:
+    """Raises CalibrationError for what cannot be called as samplers are."""
+    try:
+        inspect.signature(sampler).bind(None, 0)
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(
+            f"the sampler is called as sampler(denoiser, seed), and this one cannot be ({error}): give it two arguments"
+        ) from error
 
 
 def within(model: Any, sampler: Sampler) -> tuple[nn.Module, Sampler]:

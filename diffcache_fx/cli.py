@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,7 @@ app = typer.Typer(
 )
 console = Console(width=None if sys.stdout.isatty() else 150)  # a table in a file or a log need not be folded
 errors = Console(stderr=True)
+_QUIET = 60.0  # seconds between lines on how far a stage is, where there is no terminal
 
 Model = Annotated[
     str,
@@ -87,6 +90,9 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    if not errors.is_terminal:
+        yield _lines()
+        return
     with Progress(*columns, console=errors) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -96,6 +102,27 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[stage], completed=done, total=total or None)
 
         yield told
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    """For files and pipes: a line when a stage begins, at most one a minute while it lasts, and one when it is done."""
+    begun: dict[str, float] = {}
+    said: dict[str, float] = {}
+
+    def told(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        over = bool(total) and done >= total
+        if stage in begun and not over and now - said[stage] < _QUIET:
+            return
+        if over and said.get(stage) == math.inf:
+            return
+        begun.setdefault(stage, now)
+        said[stage] = math.inf if over else now
+        much = f" {done} of {total}" if total and not over else ""
+        ended = f" done, {now - begun[stage]:.0f} s" if over else " ..."
+        errors.print(f"{stage}:{much}{ended}", highlight=False, markup=False, soft_wrap=True)
+
+    return told
 
 
 def named(texts: list[str]) -> dict[str, Any]:
@@ -136,6 +163,8 @@ def demo(
         with bars() as told:
             found = run.run_demo(schedules, out, name=model, steps=steps, images=images, backend=backend, progress=told)
         console.print(found.table())
+        if found.unsteady:
+            console.print(found.unsteady, highlight=False, soft_wrap=True, markup=False)
         console.print(run.NOTES.replace("\n", " ").strip(), style="dim")
         names = ", ".join(str(out / name) for name in (f"{found.model}.png", run.TABLE, run.DATA))
         console.print(f"wrote {names} in {found.seconds:.0f} s", highlight=False, soft_wrap=True)
@@ -211,6 +240,8 @@ def bench(
                 progress=told,
             )
         console.print(found.table())
+        if found.unsteady:
+            console.print(found.unsteady, highlight=False, soft_wrap=True, markup=False)
         for row in (row for row in found.rows if row.why):
             console.print(row.why, markup=False, highlight=False, soft_wrap=True)
         if out is not None:

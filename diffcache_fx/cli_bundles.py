@@ -14,6 +14,8 @@ from rich.table import Table
 from .cli import SCHEDULE_HELP, Decided, Model, Steps, app, bars, call_options, console, named, one_sentence
 
 WRITERS = ("onnx", "tensorrt", "aot-inductor", "bundle")
+_ONNX = ("onnx", "onnxscript")  # packages that are missed before anything is captured
+NEEDED = {"onnx": _ONNX, "bundle": _ONNX, "tensorrt": _ONNX, "aot-inductor": ()}
 Folder = Annotated[Path, typer.Argument(help="a folder that `export` wrote", metavar="BUNDLE")]
 
 
@@ -33,7 +35,7 @@ def export(
         from .compile import compile_with_cache
         from .errors import ExportError
         from .export import to_aot_inductor, to_onnx, to_tensorrt
-        from .export.bundle import check_target
+        from .export.bundle import check_target, version_of
         from .export.forms import check_form
         from .models import load_target
 
@@ -44,6 +46,8 @@ def export(
             raise ExportError(f"--format must be one of {', '.join(WRITERS)}, not {format!r}")
         check_form(form)
         check_target(out, overwrite)
+        for package in NEEDED[format]:
+            version_of(package)
         (found,) = named([schedule]).values()
         target = load_target(model)
         with bars() as told:
@@ -131,7 +135,8 @@ def _is_of(loaded: Any, model: Any) -> bool:
     """Whether a bundle was made of a model with this class and configuration."""
     from .export.bundle import config_of
 
-    return loaded.manifest.model == type(model).__name__ and dict(loaded.config) == config_of(model)
+    told = {name: value for name, value in dict(loaded.config).items() if not name.startswith("_")}
+    return loaded.manifest.model == type(model).__name__ and told == config_of(model)
 
 
 def _pipeline(loaded: Any, folder: Path, call: str, out: Path) -> list[Path]:

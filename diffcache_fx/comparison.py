@@ -64,6 +64,9 @@ class Workload(Protocol):
         """The same in fewer steps, where that means something."""
 
 
+_STEADY = 1.5  # ends of an interval that are farther apart say little
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table. latency: seconds per unit. ideal: speed-up by executed FLOPs. compile_s: capture and
@@ -121,7 +124,7 @@ class Comparison:
         return [
             row.name,
             f"{1000 * row.latency:.1f}",
-            "1" if first else f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+            "1" if first else self.told(ratio),
             f"{row.ideal:.2f}",
             *(_figure(kind, row.fidelity.get(kind)) for kind in kinds),
             "-" if plain else f"{row.cache_bytes / 2**20:.2f} MiB",
@@ -130,10 +133,28 @@ class Comparison:
             f"{row.compile_s:.1f}",
         ]
 
+    @property
+    def rounds(self) -> int:
+        return len(self.timings.seconds[self.timings.baseline])
+
+    def told(self, ratio: Ratio) -> str:
+        """A speed-up with its interval, which one round does not tell."""
+        return f"{ratio.value:.2f}" + (f" [{ratio.low:.2f}, {ratio.high:.2f}]" if self.rounds > 1 else "")
+
+    @property
+    def unsteady(self) -> str:
+        """A sentence where rounds differ too much to go by; else empty."""
+        wide = [row.name for row in self.rows if row.speedup.high > _STEADY * row.speedup.low]
+        if not wide:
+            return ""
+        return (
+            f"The rounds of {wide[0]!r} differ by half and more: something else kept this machine busy. Go by the "
+            "ideal speed-up, or measure again."
+        )
+
     def table(self) -> Table:
         """For a terminal."""
-        rounds = len(self.timings.seconds[self.timings.baseline])
-        title = f"{self.model}, {self.backend}: {rounds} generations of {self.steps} steps each, in turn"
+        title = f"{self.model}, {self.backend}: {self.rounds} generations of {self.steps} steps each, in turn"
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, heading in enumerate(self.columns()):
             table.add_column(heading, justify="right" if index else "left", overflow="fold")

@@ -79,3 +79,10 @@ class RelativeL1:
 
 Target = Speedup | Latency | Psnr | RelativeL1
 TARGETS: tuple[type, ...] = (Speedup, Latency, Psnr, RelativeL1)
+
+
+def check_target(target: Any) -> None:
+    """Raises CalibrationError for what is no target."""
+    if not isinstance(target, TARGETS):
+        known = ", ".join(kind.__name__ for kind in TARGETS)
+        raise CalibrationError(f"a target is one of {known}, not {target!r}: write Psnr(40.0), say")

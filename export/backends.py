@@ -28,5 +28,6 @@ def check_backend(backend: str | Callable[..., Any], options: Mapping[str, Any])
     unknown = sorted(set(options) - set(known))
     if unknown:
         name = backend if isinstance(backend, str) else getattr(backend, "__name__", "given")
-        taken = "takes no options" if not known else f"has no option {unknown[0]!r}"
-        raise CacheError(f"the {name} backend {taken}, got {unknown}{nearest(unknown[0], [*_OWN, *known])}")
+        near = nearest(unknown[0], [*_OWN, *known])
+        taken = f"has no option {unknown[0]!r}" if known else f"takes no options, not {unknown[0]!r} either"
+        raise CacheError(f"the {name} backend {taken}{near}")

@@ -213,10 +213,12 @@ def _dtype(module: torch.nn.Module) -> torch.dtype:
 
 
 def config_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The model's configuration, as far as JSON can tell it."""
+    """The model's configuration, as far as JSON can tell it; without what libraries note for themselves in names that
+    begin with an underscore, which may differ from process to process."""
     config = getattr(module, "config", None)
     found = dict(config) if isinstance(config, Mapping) else {}
-    return {str(name): plain(value) for name, value in found.items() if _tellable(value)}
+    public = {str(name): value for name, value in found.items() if not str(name).startswith("_")}
+    return {name: plain(value) for name, value in public.items() if _tellable(value)}
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -244,5 +246,10 @@ def plain(value: Any) -> Any:
 
 
 def version_of(package: str) -> dict[str, str]:
-    """A package and its version, for the manifest."""
-    return {package: importlib.metadata.version(package)}
+    """A package and its version, for the manifest. Raises ExportError where it is not installed."""
+    try:
+        return {package: importlib.metadata.version(package)}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ExportError(
+            f"{package} is not installed, and is needed to write these files: `diffcache-fx doctor` says how to get it"
+        ) from error

@@ -181,9 +181,8 @@ def _modules_called(program: StepProgram) -> dict[str, list[fx.Node]]:
 def _matching(calls: dict[str, list[fx.Node]], pattern: str) -> list[str]:
     matched = [fqn for fqn in calls if fnmatchcase(fqn.partition("@")[0], pattern)]
     if not matched:
-        raise RegionError(
-            f"no module of this model matches {pattern!r}{nearest(pattern, {f.partition('@')[0] for f in calls})}"
-        )
+        near = nearest(pattern, {fqn.partition("@")[0] for fqn in calls})
+        raise RegionError(f"no module of this model matches {pattern!r}{near or ': model.named_modules() tells names'}")
     return matched
 
 

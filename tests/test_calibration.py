@@ -16,7 +16,7 @@ from diffcache_fx import CacheSchedule, Trunk, compile_with_cache, export, sched
 from diffcache_fx.allotment import JointPlan
 from diffcache_fx.calibration import Calibration, calibrate
 from diffcache_fx.clock import Clock
-from diffcache_fx.errors import CalibrationError
+from diffcache_fx.errors import CacheError, CacheWarning, CalibrationError
 from diffcache_fx.fitting import minimax_plan, segment_errors
 from diffcache_fx.forecasts import Linear
 from diffcache_fx.measure import relative_error
@@ -313,6 +313,27 @@ def test_bad_input() -> None:
 def test_a_target_is_one_of_four(calibration: Calibration) -> None:
     with pytest.raises(CalibrationError, match="a target is one of Speedup, Latency, Psnr, RelativeL1, not 2"):
         calibration.find(2)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_is_told_before_anything_runs() -> None:
+    def never(denoiser: Any, seed: int) -> torch.Tensor:
+        pytest.fail("it was run")
+
+    for make, words in (
+        (lambda: calibrate(MODEL, never, 25.0), r"not 25.0: write Psnr\(40.0\)"),  # type: ignore[arg-type]
+        (lambda: calibrate(MODEL, lambda denoiser: None, Psnr(30.0)), "called as sampler"),  # type: ignore[arg-type]
+        (lambda: calibrate(MODEL, never, Psnr(30.0), backnd="eager"), "no option 'backnd'; did you mean 'backend'"),
+    ):
+        with pytest.raises(CacheError, match=words):
+            make()
+
+
+def test_a_speedup_that_cannot_be_is_doubted(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan that saves a little is measured as if it saved all."""
+    fast = Clock(None, [1.0] * STEPS, {0: [0.01] * STEPS}, 0.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(calibration, "timed", lambda *_: fast)
+    with pytest.warns(CacheWarning, match="was measured where the work saved allows"):
+        calibration.find(Speedup(1.5))
 
 
 def test_what_is_known_of_the_uncached_run_is_not_computed_again(calibration: Calibration) -> None:

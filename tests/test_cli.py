@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,9 @@ from typer.testing import CliRunner, Result
 from bench.readme import README, with_tables
 from diffcache_fx import CacheError, CacheSchedule, Interval, Linear, Mask, ScheduleError, Sublayers, schedules
 from diffcache_fx.arguments import parse_schedule
-from diffcache_fx.cli import app
+from diffcache_fx.cli import app, bars
+from diffcache_fx.comparison import Comparison, Row
+from diffcache_fx.measure import Timings
 from diffcache_fx.models import load_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -183,10 +186,37 @@ def test_demo_writes_picture_and_tables(tmp_path: Path) -> None:
         assert picture.height > 2 * 130
 
 
+def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line when a stage begins and when it is done, and one a minute."""
+    clock = iter([0.0, 10.0, 70.0, 80.0, 90.0, 91.0])
+    monkeypatch.setattr("diffcache_fx.cli.time.monotonic", lambda: next(clock))
+    with bars() as told:
+        for done in range(4):
+            told("draw", done, 4)
+        told("draw", 4, 4)
+        told("draw", 4, 4)
+    assert capsys.readouterr().err.splitlines() == ["draw: 0 of 4 ...", "draw: 2 of 4 ...", "draw: done, 90 s"]
+
+
+def test_what_few_or_unsteady_rounds_tell() -> None:
+    def found(seconds: dict[str, list[float]]) -> Comparison:
+        timings = Timings({name: np.array(taken) for name, taken in seconds.items()}, "uncached")
+        rows = [Row(name, 1.0, timings.ratio("uncached", name), 2.0, {}) for name in seconds]
+        return Comparison("toy", "image", "eager", 10, rows, timings, {})
+
+    one = found({"uncached": [2.0], "interval": [1.0]})
+    assert one.cells(one.rows[1])[2] == "2.00"
+    assert one.unsteady == ""
+    steady = found({"uncached": [2.0, 2.1, 2.0], "interval": [1.0, 1.0, 1.1]})
+    assert steady.cells(steady.rows[1])[2].startswith("2.00 [")
+    assert steady.unsteady == ""
+    assert "'interval' differ by half" in found({"uncached": [2.0, 2.0, 9.0], "interval": [1.0, 5.0, 1.0]}).unsteady
+
+
 def test_unknown_schedule_and_options() -> None:
     assert "did you mean 'interval'" in failure("inspect", "digits", "-s", "intervall")
     assert "no option 'evry'; did you mean 'every'" in failure("inspect", "digits", "-s", "interval:evry=3")
-    assert "every must be a whole number" in failure("inspect", "digits", "-s", "interval:every=0")
+    assert "fora:interval=x: every must be a whole number" in failure("inspect", "digits", "-s", "fora:interval=x")
     assert "did you mean 'linear'" in failure("inspect", "digits", "-s", "interval:forecast=liner")
     assert "no schedule file" in failure("inspect", "digits", "-s", "nowhere/plan.json")
 

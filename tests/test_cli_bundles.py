@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffcache_fx.export import load_bundle
 from diffcache_fx.export.manifest import read_manifest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from diffcache_fx import compile_with_cache, export, schedules
 from diffcache_fx.cli import app
+from diffcache_fx.cli_bundles import _is_of
+from diffcache_fx.models import load_demo
 
 from .tiny_pipelines import CASES
 
@@ -106,6 +111,29 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
     assert "form must be one of pair, split, branch, not 'tree'" in failure(
         "export", "digits", "--form", "tree", "-o", tmp_path / "x"
     )
+
+
+def test_what_is_not_installed_is_told_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr("diffcache_fx.models.load_target", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("importlib.metadata.version", version)
+    told = failure("export", "digits", "-o", tmp_path / "x")
+    assert told.startswith("onnx is not installed, and is needed to write these files: `diffcache-fx doctor`")
+
+
+def test_a_bundle_of_another_process_is_known(digits: Path) -> None:
+    """diffusers notes which options were left out, in an order that differs from process to process."""
+    loaded, model = load_bundle(digits), load_demo("digits").model
+    assert not any(name.startswith("_") for name in loaded.config)
+    for noted in (["a", "b"], ["b", "a"]):
+        told = {**loaded.config, "_use_default_values": noted}
+        assert _is_of(SimpleNamespace(manifest=loaded.manifest, config=told), model)
+    other = {**loaded.config, "num_layers": 99}
+    assert not _is_of(SimpleNamespace(manifest=loaded.manifest, config=other), model)
 
 
 def test_doctor_tells_what_each_runtime_can_do() -> None:

@@ -114,7 +114,8 @@ def write(found: Comparison, out: Path) -> None:
     """The picture and the table of a finished comparison."""
     out.mkdir(parents=True, exist_ok=True)
     picture(found).save(out / f"{found.model}.png")
-    (out / TABLE).write_text(f"# {found.model}, {found.steps} steps, {found.backend}\n\n{found.markdown()}\n{NOTES}")
+    title = f"# {found.model}, {found.steps} steps, {found.backend}"
+    (out / TABLE).write_text(f"{title}\n\n{found.markdown()}\n{NOTES}{found.unsteady}".rstrip() + "\n")
     (out / DATA).write_text(found.json())
 
 
@@ -158,7 +159,7 @@ def _caption(found: Comparison, name: str) -> str:
     row = next(row for row in found.rows if row.name == name)
     parts = [f"{1000 * row.latency:.0f} ms per image"]
     if name != found.timings.baseline:
-        parts.append(f"{row.speedup.value:.2f}x the speed (ideal {row.ideal:.2f}x)")
+        parts.append(f"{found.told(row.speedup)}x the speed (ideal {row.ideal:.2f}x)")
         if math.isfinite(row.fidelity["psnr_db"]):
             parts.append(f"PSNR {row.fidelity['psnr_db']:.1f} dB")
     parts.append(f"{100 * row.fidelity['accuracy']:.0f} % read as asked")
