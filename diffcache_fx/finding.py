@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Share of samples whose error stays below the one asked for.
 COVERED = 0.95
+# So many refreshes below the fewest that do are tried: one sample that turns to something else fails a whole plan.
+_MISSES = 2
 # By how much a speed-up by FLOPs should be larger than the one that is asked for.
 OVERHEAD = 1.08
 _BELIEVED = 1.15  # a measured speed-up that is so much larger is one of the clock
@@ -66,24 +68,25 @@ def _below(measured: Calibration, target: Psnr | RelativeL1) -> JointPlan:
     while low < high:
         measured.told("try", tried, 0)
         tried += 1
-        plans = {recipe.make(guess): recipe for recipe in recipes}
-        plan = min(plans, key=lambda plan: _covering(measured, plan, target))
+        made = {recipe.make(guess): recipe for recipe in recipes}
+        plan = min(made, key=lambda plan: _covering(measured, plan, target))
         error = _covering(measured, plan, target)
-        recipes = (plans[plan],)  # the one that did best at first is followed
+        recipes = (made[plan],)  # the one that did best at first is followed
         if error <= target.largest:
             high, found = guess, plan
         else:
             low = guess + 1
         if low < high:  # the error that was predicted, put right by what it was
             guess = _expected(measured, target, error / _predicted(measured.plan(guess), target), low, high)
-    for count in range(high if measured.refine else high - 1, measured.least - 1, -1):  # others may do with fewer
+    count = high if measured.refine else high - 1
+    while count >= max(measured.least, high - _MISSES):  # others may do with fewer
         measured.told("try", tried, 0)
         tried += 1
-        best = measured.best(count, measured.seed + 1)
-        if _covering(measured, best, target) <= target.largest:
-            found = best
-        elif count < high:
-            break
+        plans = [measured.best(count, measured.seed + 1), *(recipe.make(count) for recipe in measured.choice.recipes)]
+        plan = min(plans, key=lambda plan: _covering(measured, plan, target))
+        if _covering(measured, plan, target) <= target.largest:
+            high, found = count, plan
+        count -= 1
     measured.told("try", tried, tried)
     every = found or measured.plan(measured.steps)
     error = _covering(measured, every, target)
