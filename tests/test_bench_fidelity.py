@@ -119,6 +119,7 @@ ROWS = [
     row(OURS, "ours", 40.0, 1.35),
     row("fora", "published", 39.7, 1.5),
     row("foca", "published", 35.0, 1.3),
+    row("l2p", "published", 36.0, 1.32),
     row("uncached, DDIM", "control", 39.9, 1.1),
     {"model": "digits", "sampler": "DDIM", "method": "pab", "budget": 2.0, "kind": "out of reach", "nearest": 1.2},
     {"model": "digits", "sampler": "DDIM", "method": "t_gate", "budget": 2.0, "kind": "not applicable", "why": "no."},
@@ -132,7 +133,7 @@ def test_the_verdict() -> None:
     assert found is not None
     assert (found["best"], found["met"], found["nearest"]) == ("fora", False, "foca")
     assert [round(far.value, 2) for far in found["farther"]] == [0.35, -0.15, 0.05]
-    assert found["worse"] == ["uncached", "foca"]  # paired: by less than the distances' own intervals
+    assert found["worse"] == ["uncached", "foca", "l2p"]  # paired: by less than the distances' own intervals
     assert found["gain_db"] == pytest.approx(0.3)
     assert found["gain_by_seed_db"] == pytest.approx([0.3, 0.3])
     assert verdict(ROWS, 3.0) is None
@@ -146,7 +147,7 @@ def test_the_report(tmp_path: Path) -> None:
     text = markdown(DATA)
     assert "10 samples from 2 seeds, 50 steps, float32. Uncached: Fréchet distance 1.00." in text
     assert "| 2x | fora | +0.30 | +0.30, +0.30 | MISSED | 1.35 | +0.35 [+0.35, +0.35] |" in text
-    assert "| +0.05 [+0.05, +0.05] (foca) | uncached, foca |" in text
+    assert "| +0.05 [+0.05, +0.05] (foca) | uncached, foca, l2p |" in text
     assert text.index("**calibrated plan**") < text.index("uncached, DDIM") < text.index("| foca")
     assert "Out of reach: pab (nearest 1.20x)." in text
     assert "t_gate does not apply: no." in text

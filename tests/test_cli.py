@@ -216,6 +216,7 @@ def test_what_few_or_unsteady_rounds_tell() -> None:
 def test_unknown_schedule_and_options() -> None:
     assert "did you mean 'interval'" in failure("inspect", "digits", "-s", "intervall")
     assert "no option 'evry'; did you mean 'every'" in failure("inspect", "digits", "-s", "interval:evry=3")
+    assert "every must be a whole number" in failure("inspect", "digits", "-s", "interval:every=0")
     assert "fora:interval=x: every must be a whole number" in failure("inspect", "digits", "-s", "fora:interval=x")
     assert "did you mean 'linear'" in failure("inspect", "digits", "-s", "interval:forecast=liner")
     assert "no schedule file" in failure("inspect", "digits", "-s", "nowhere/plan.json")
