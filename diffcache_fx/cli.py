@@ -214,9 +214,10 @@ def bench(
     example inputs.
     """
     with one_sentence():
-        from .comparison import Calls, Workload, compare
+        from .comparing import compare
         from .demo.run import Digits
         from .models import load_target
+        from .workload import Calls, Workload
 
         schedules = named(schedule or ["default"])
         target = load_target(model)

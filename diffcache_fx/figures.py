@@ -120,7 +120,16 @@ def _height(rows: int) -> float:
 def _label(axis: Any, names: Sequence[str]) -> None:
     axis.set_xlabel("step")
     if len(names) <= _NAMED:
-        short = [name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :] for name in names]
-        axis.set_yticks(range(len(names)), short, fontsize=7)
+        axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7)
     else:
         axis.set_ylabel(f"{len(names)} regions, in order")
+
+
+def _short(name: str) -> str:
+    """Of a run of modules (`blocks.0..blocks.11`) what both ends share is said once: `blocks.0..11`; and no more than
+    fits beside an axis."""
+    first, between, last = name.partition("..")
+    shared = first.rpartition(".")[0] + "."
+    if between and len(shared) > 1 and last.startswith(shared):
+        name = first + between + last.removeprefix(shared)
+    return name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :]

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from diffcache_fx import compile_with_cache, figures, schedules
-from diffcache_fx.comparison import Comparison, compare
+from diffcache_fx.comparing import compare
+from diffcache_fx.comparison import Comparison
 from diffcache_fx.demo.digits import load_digits
 from diffcache_fx.demo.run import Digits
 from diffcache_fx.page import NAME, Page, picture_of
@@ -99,6 +100,7 @@ def test_a_plan_is_drawn_as_it_was_decided() -> None:
     (axis,) = figures.plan_grid(decisions).axes
     grid = np.asarray(axis.images[0].get_array())
     assert grid.tolist() == [[1, 0, 0, 1, 0, 0]]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["transformer_blocks.1..11"]
     assert figures.signals(decisions) is None
 
 

@@ -12,9 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffcache_fx.arguments import parse_schedule
-from diffcache_fx.comparison import Comparison, Denoiser, Progress, compare, image_fidelity
+from diffcache_fx.comparing import Progress, compare
+from diffcache_fx.comparison import Comparison
 from diffcache_fx.models import Call, load_demo
 from diffcache_fx.schedule import CacheSchedule
+from diffcache_fx.workload import Denoiser, image_fidelity
 
 from .demo import Demo
 from .sampling import image_grid
