@@ -6,8 +6,9 @@ SSIM and the Fréchet distance are torchmetrics'; the intervals are bootstraps f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -141,11 +142,34 @@ def distance_estimate(
 
 
 def difference(ours: Estimate, other: Estimate) -> Estimate:
-    """Of two figures of images of the same noise, whose draws are of the same images; the interval is that of the
-    differences. Raises ValueError where draws were not kept."""
+    """Of two figures of images of the same noise, whose draws are of the same images; interval and draws are those of
+    the differences. Raises ValueError where draws were not kept."""
     if not ours.draws or len(ours.draws) != len(other.draws):
         raise ValueError(f"{len(ours.draws)} and {len(other.draws)} draws cannot be compared one by one")
-    return _interval(ours.value - other.value, np.array(ours.draws) - np.array(other.draws))
+    draws = np.array(ours.draws) - np.array(other.draws)
+    return replace(_interval(ours.value - other.value, draws), draws=tuple(draws.tolist()))
+
+
+def probability_of_none(found: Estimate) -> float:
+    """Two-sided probability of a difference at least this large where there is none: normal, with the spread of the
+    draws, since these are too few for small probabilities. Raises ValueError where draws were not kept."""
+    if not found.draws:
+        raise ValueError("a difference without its draws has no spread")
+    spread = float(np.std(found.draws, ddof=1))
+    if spread == 0:
+        return float(found.value == 0)
+    return 2 * NormalDist().cdf(-abs(found.value) / spread)
+
+
+def shown_of_many(probabilities: Sequence[float], level: float = 1 - CONFIDENCE) -> list[bool]:
+    """Which of several differences are shown though so many were looked at (Holm, 1979): the chance that any of them
+    is none is at most `level`."""
+    found = [False] * len(probabilities)
+    for rank, index in enumerate(np.argsort(probabilities, kind="stable")):
+        if probabilities[index] > level / (len(probabilities) - rank):
+            break
+        found[index] = True
+    return found
 
 
 def _interval(value: float, draws: np.ndarray[Any, Any]) -> Estimate:

@@ -134,20 +134,21 @@ def test_the_verdict() -> None:
     assert (found["best"], found["met"], found["nearest"]) == ("fora", False, "foca")
     assert [round(far.value, 2) for far in found["farther"]] == [0.35, -0.15, 0.05]
     assert found["worse"] == ["uncached", "foca", "l2p"]  # paired: by less than the distances' own intervals
+    assert found["surely_worse"] == ["uncached", "foca", "l2p"]
     assert found["gain_db"] == pytest.approx(0.3)
     assert found["gain_by_seed_db"] == pytest.approx([0.3, 0.3])
     assert verdict(ROWS, 3.0) is None
     better = [*ROWS[:1], row(OURS, "ours", 40.3, 0.9), *ROWS[2:]]
     found = verdict(better, 2.0)
     assert found is not None
-    assert (found["met"], found["worse"]) == (True, [])
+    assert (found["met"], found["worse"], found["surely_worse"]) == (True, [], [])
 
 
 def test_the_report(tmp_path: Path) -> None:
     text = markdown(DATA)
     assert "10 samples from 2 seeds, 50 steps, float32. Uncached: Fréchet distance 1.00." in text
     assert "| 2x | fora | +0.30 | +0.30, +0.30 | MISSED | 1.35 | +0.35 [+0.35, +0.35] |" in text
-    assert "| +0.05 [+0.05, +0.05] (foca) | uncached, foca, l2p |" in text
+    assert "| +0.05 [+0.05, +0.05] (foca) | uncached, foca, l2p | uncached, foca, l2p |" in text
     assert text.index("**calibrated plan**") < text.index("uncached, DDIM") < text.index("| foca")
     assert "Out of reach: pab (nearest 1.20x)." in text
     assert "t_gate does not apply: no." in text

@@ -13,8 +13,10 @@ from bench.quality import (
     difference,
     distance_estimate,
     mean_estimate,
+    probability_of_none,
     psnr_each,
     score,
+    shown_of_many,
     ssim_each,
 )
 
@@ -140,3 +142,20 @@ def test_differences_are_told_more_sharply_than_the_figures() -> None:
     assert (difference(near, near).low, difference(near, near).high) == (0.0, 0.0)
     with pytest.raises(ValueError, match="100 and 0 draws"):
         difference(near, Estimate(1.0, 0.9, 1.1))
+
+
+def test_what_is_shown_when_many_are_looked_at() -> None:
+    assert shown_of_many([0.03, 0.01, 0.6]) == [False, True, False]  # 0.01 < 0.05 / 3, but 0.03 > 0.05 / 2
+    assert shown_of_many([0.02, 0.01, 0.6]) == [True, True, False]
+    assert shown_of_many([0.02, 0.02, 0.02]) == [False] * 3
+    assert shown_of_many([]) == []
+
+
+def test_probability_of_no_difference() -> None:
+    draws = tuple(float(value) for value in torch.linspace(-1.0, 1.0, 101, dtype=torch.float64))
+    spread = float(torch.tensor(draws).std())
+    assert probability_of_none(Estimate(1.96 * spread, 0.0, 0.0, draws)) == pytest.approx(0.05, rel=0.01)
+    assert probability_of_none(Estimate(-1.96 * spread, 0.0, 0.0, draws)) == pytest.approx(0.05, rel=0.01)
+    assert probability_of_none(Estimate(0.0, 0.0, 0.0, (0.0, 0.0))) == 1.0
+    with pytest.raises(ValueError, match="without its draws"):
+        probability_of_none(Estimate(1.0, 0.9, 1.1))
