@@ -46,6 +46,7 @@ engines: $(TEST_STAMP) ## exported engines against uncached ones, in each runtim
 
 fidelity: $(TEST_STAMP) ## quality against compute on both demo models, every method at equal budgets; many hours, goes on
 	$(BIN)/python -m bench.fidelity
+	$(BIN)/python -m bench.distances
 	$(BIN)/python -m bench.block_caching
 	$(BIN)/python -m bench.sampler
 

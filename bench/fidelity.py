@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from bench import perceptual
-from bench.fidelity_methods import OURS, REACHED, Contender, Tuner, chosen
+from bench.fidelity_methods import OURS, REACHED, Contender, Tuned, Tuner, chosen
 from bench.fidelity_report import markdown, pictures
 from bench.method_runs import Record, Runs, plain, read_json, write_json
 from bench.method_settings import NOT_APPLICABLE, UNCACHED, Setting
@@ -211,6 +211,11 @@ class Study:
                     found.pop(name)
         return row
 
+    def setting(self, contender: Contender, budget: float, tuned: Tuned, **more: Any) -> Setting:
+        """A method at a budget. more: other fields of the setting."""
+        common = {"label": f"{budget:g}x", "steps": self.steps, "sampler": self.sampler} | more
+        return Setting(contender.method, given=tuned.schedule, decide=contender.decide, **common)
+
     def contender(self, contender: Contender, budget: float) -> Record:
         """A method at a budget, or why not."""
         base = {"model": self.model, "sampler": self.sampler, "method": contender.method, "budget": budget}
@@ -219,14 +224,7 @@ class Study:
             off = abs(math.log(tuned.speedup / budget))
             if off > REACHED:
                 return base | {"kind": "out of reach", "nearest": tuned.speedup}
-            setting = Setting(
-                contender.method,
-                f"{budget:g}x",
-                steps=self.steps,
-                sampler=self.sampler,
-                given=tuned.schedule,
-                decide=contender.decide,
-            )
+            setting = self.setting(contender, budget, tuned)
             kind: str = "ours" if contender.method == OURS else "published" if contender.published else "control"
             row = self.row(setting, budget=budget, kind=kind, knob=tuned.knob)
             # What decides as it runs may decide otherwise on the samples that are scored.

@@ -156,6 +156,7 @@ class Runs:
             self.labels(first, count),
             scheduler=self.scheduler(setting),
             num_steps=setting.steps or self.steps,
+            guidance_scale=1 + (self.demo.guidance_scale - 1) * setting.guidance,
             seed=self.seed,
             batch_size=count,
             progress=told,
@@ -197,6 +198,7 @@ class Runs:
             "backend": self.backend,
             **({"sampler": setting.sampler} if setting.sampler else {}),
             **({"decide": setting.decide} if setting.decide != "host" else {}),
+            **({"guidance": setting.guidance} if setting.guidance != 1 else {}),
             **({"model": self.model} if self.model != "digits" else {}),
         }
 

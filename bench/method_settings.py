@@ -29,7 +29,7 @@ class Setting:
     or a function that makes them from what was measured on the model. apart: guidance as two calls a step, for methods
     that reuse one branch for the other. reference: what all others are compared with. sampler: of `bench.samplers`;
     empty: the demo's own. given: a schedule that is made already, instead of a factory's. decide: as in
-    `compile_with_cache`.
+    `compile_with_cache`. guidance: the share that is kept of what the demo's guidance scale is above 1.
     """
 
     method: str
@@ -42,6 +42,7 @@ class Setting:
     sampler: str = ""
     given: CacheSchedule | None = None
     decide: str = "host"
+    guidance: float = 1.0
 
     @property
     def key(self) -> str:

@@ -1,9 +1,13 @@
-"""`bench.fidelity`: methods tuned to budgets, rows that survive an interruption, and what the report says of them."""
+"""`bench.fidelity`: methods tuned to budgets, rows that survive an interruption, and what the report says of them; and
+`bench.distances`, which goes on from there."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import fidelity, perceptual
+from bench import distances, fidelity, perceptual
 from bench.fidelity import Seeded, Study, Table
 from bench.fidelity_methods import FEW, OURS, Contender, Tuner, chosen, contenders, respaced, spaced
 from bench.fidelity_report import markdown, pictures, verdict
@@ -159,7 +163,10 @@ def test_the_report(tmp_path: Path) -> None:
 LAST_BLOCK = "taylor_seer, order 1, last block"
 
 
-def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[argparse.Namespace, Path]]:
+    """A study of the demo in six steps: its options and its rows' file, which had a row of other options."""
+    folder = tmp_path_factory.mktemp("study")
     options = argparse.Namespace(
         samples=4,
         seeds=2,
@@ -167,31 +174,78 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
         batch=2,
         dtype="float32",
         backend="eager",
-        work=tmp_path / "work",
+        work=folder / "work",
         methods=[LAST_BLOCK],
         budgets=[2.0],
         measures={"clip": perceptual.clip(lambda image, prompt: image.float().mean())},
     )
-    monkeypatch.setattr("bench.fidelity_methods.IMAGES", 2)
-    monkeypatch.setattr(fidelity, "CONTROLS", ("UniPC",))
-    # Of the real images a few: all distances between all of them take long.
-    monkeypatch.setattr(fidelity, "Neighbourhoods", lambda features: Neighbourhoods(features[:500]))
-    path = tmp_path / "rows.json"
+    path = folder / "rows.json"
     path.write_text(
         json.dumps({"rows": [ROWS[1] | {"made_for": MADE_FOR, "model": "digits", "sampler": fidelity.OWN}]})
     )
-    fidelity.study(Study("digits", fidelity.OWN, options), Table(path))
-    rows = read_json(path)["rows"]  # without that of other options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.fidelity_methods.IMAGES", 2)
+        patch.setattr(fidelity, "CONTROLS", ("UniPC",))
+        # Of the real images a few: all distances between all of them take long.
+        patch.setattr(fidelity, "Neighbourhoods", lambda features: Neighbourhoods(features[:500]))
+        fidelity.study(Study("digits", fidelity.OWN, options), Table(path))
+        yield options, path
+
+
+def test_a_study_of_a_demo(studied: tuple[argparse.Namespace, Path]) -> None:
+    rows = read_json(studied[1])["rows"]  # without that of other options
     assert [entry["kind"] for entry in rows] == ["reference", "ours", "published", "control", "control"]
     for entry in rows[1:]:
         assert ("psnr_db" in entry["quality"]) == ("UniPC" not in entry["method"])
         assert {"accuracy", "frechet", "precision", "recall", "clip"} <= set(entry["quality"])
         assert len(entry["seeds"]) == 2
         assert entry["ideal_speedup"] == pytest.approx(2.0, rel=0.3)  # of six steps
-    # From the file alone, or drawn before; scored again is what is to be done again.
+
+
+def test_it_goes_on_where_it_was_interrupted(
+    studied: tuple[argparse.Namespace, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file alone, or drawn before; scored again is what is to be done again."""
+    options, path = argparse.Namespace(**vars(studied[0])), tmp_path / "rows.json"
+    rows = read_json(studied[1])["rows"]
+    path.write_text(studied[1].read_text())
     monkeypatch.setattr(fidelity.Seeded, "draw", lambda *_: pytest.fail("drawn again"))
     fidelity.study(Study("digits", fidelity.OWN, options), Table(path, redo=(LAST_BLOCK,)))
     assert sorted(map(repr, read_json(path)["rows"])) == sorted(map(repr, rows))
     options.work = tmp_path / "nowhere"
     fidelity.study(Study("digits", fidelity.OWN, options), Table(path))
     assert not list(options.work.rglob("*.safetensors"))
+
+
+def test_what_of_an_error_is_weaker_guidance(studied: tuple[argparse.Namespace, Path]) -> None:
+    study = Study("digits", fidelity.OWN, studied[0])
+    errors = distances.Errors(study)
+    percent = errors.direction.reshape(errors.uncached.shape)
+    assert percent.abs().max() > 1e-4  # less guidance does change the images
+    for share in (1.0, -2.0):
+        assert errors.of(errors.uncached + share * percent) == pytest.approx((share, share / abs(share)), rel=1e-3)
+    across = torch.randn(percent.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    across -= percent * (across * percent).sum() / percent.square().sum()
+    assert errors.of(errors.uncached + percent + across)[0] == pytest.approx(1.0, rel=1e-2)
+
+
+def test_why_distances_differ(
+    studied: tuple[argparse.Namespace, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, path = studied
+    out = tmp_path / "distances.json"
+    given = {"--work": options.work, "--fidelity": path, "--out": out, "--batch": 2, "--backend": "eager"}
+    command = ["bench.distances", *map(str, itertools.chain(*given.items())), "--shares", "0.5"]
+    monkeypatch.setattr(sys, "argv", command)
+    distances.main()
+    (entry,) = read_json(out).values()
+    assert {line["method"] for line in entry["guidance"]} == {OURS, LAST_BLOCK}
+    assert [line["share"] for line in entry["weakened"]] == [1.0, 0.5]
+    whole, half = entry["weakened"]
+    assert half["psnr_db"] < whole["psnr_db"]
+    text = out.with_suffix(".md").read_text()
+    assert f"| {LAST_BLOCK} | 2x |" in text
+    assert "| 2x | 50 % |" in text
+    monkeypatch.setattr(sys, "argv", [*command, "--model", "digit-pairs"])
+    with pytest.raises(SystemExit):
+        distances.main()
