@@ -30,7 +30,7 @@ from diffcache_fx.guidance import Reconstruct
 from diffcache_fx.references import BlocksOutput, ModelOutput
 
 from .conftest import sample
-from .test_decisions import NET
+from .deciding import NET
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAN, INF = float("nan"), float("inf")

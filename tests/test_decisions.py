@@ -1,14 +1,8 @@
-"""Where decisions are taken - on the host, in the graph, with a lag - and what is said about them afterwards."""
+"""Where decisions are taken: on the host, in the graph, with a lag; and for each context by itself."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import math
-import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import pytest
@@ -16,14 +10,9 @@ import torch
 
 from bench.zoo import tensors
 from diffcache_fx import (
-    CachedDenoiser,
     CacheSchedule,
-    Interval,
     Listed,
     Rule,
-    ScheduleError,
-    Taylor,
-    Trunk,
     compile_with_cache,
     schedules,
 )
@@ -31,100 +20,24 @@ from diffcache_fx.adaptive import RelativeChange
 from diffcache_fx.references import BlocksOutput
 
 from .conftest import argument, equal, sample, steps_of, worst
-from .test_passes_signals import Net
+from .deciding import (
+    KINDS,
+    MODES,
+    NET,
+    STEPS,
+    Outputs,
+    advance,
+    bits,
+    denoiser,
+    generate,
+    interleaved,
+    plain,
+    run,
+    start,
+    threshold,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-STEPS = 20
-NET = Net().eval()
-MODES = ("host", "graph", "lagged")
-KINDS: dict[str, Callable[[float], CacheSchedule]] = {
-    "first_block_cache": lambda threshold: schedules.first_block_cache(threshold),
-    "db_cache": lambda threshold: schedules.db_cache(1, 1, threshold, warm_up=2),
-    "tea_cache": lambda threshold: schedules.tea_cache(threshold),
-    "easy_cache": lambda threshold: schedules.easy_cache(threshold, warm_up=2),
-    "di_cache": lambda threshold: schedules.di_cache(threshold),
-    "speca": lambda threshold: schedules.speca(threshold, decay=0.5, floor=0.0, least=0),
-}
-
-
-def strict(module: Any, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    """A backend that, like Inductor, takes only inputs that lie in memory as the examples do."""
-    layouts = [(tuple(example.shape), example.stride(), example.dtype) for example in examples]
-
-    def run(*args: torch.Tensor) -> Any:
-        assert [(tuple(arg.shape), arg.stride(), arg.dtype) for arg in args] == layouts
-        return module(*args)
-
-    return run
-
-
-def start(seed: int) -> torch.Tensor:
-    return torch.randn(2, 8, generator=torch.Generator().manual_seed(seed))
-
-
-Outputs = list[torch.Tensor]
-
-
-def advance(model: Any, x: torch.Tensor, step: int, steps: int, outputs: Outputs) -> torch.Tensor:
-    """One step of a sampler: call the model, move a little."""
-    with torch.no_grad():
-        outputs.append(model(x, torch.tensor(1.0 - step / steps)).clone())
-        return x - 0.15 * torch.tanh(outputs[-1])
-
-
-def generate(model: Any, seed: int = 0, steps: int = STEPS, context: str | None = None, **hints: Any) -> Outputs:
-    x, outputs = start(seed), Outputs()
-    for step in range(steps):
-        if context is None:
-            x = advance(model, x, step, steps, outputs)
-        else:
-            with model.cache_context(context, **hints):
-                x = advance(model, x, step, steps, outputs)
-    return outputs
-
-
-def interleaved(model: Any, seeds: Sequence[int], names: Sequence[str], steps: int = STEPS) -> list[Outputs]:
-    """Two guidance branches, each on a path of its own."""
-    paths = [start(seed) for seed in seeds]
-    outputs: list[Outputs] = [[] for _ in seeds]
-    for step in range(steps):
-        for i, name in enumerate(names):
-            with model.cache_context(name):
-                paths[i] = advance(model, paths[i], step, steps, outputs[i])
-    return outputs
-
-
-def denoiser(schedule: CacheSchedule, decide: Any = "host", **options: Any) -> CachedDenoiser:
-    options = {"backend": strict, "num_steps": STEPS, **options}
-    return compile_with_cache(NET, schedule, decide=decide, **options)
-
-
-@cache
-def threshold(kind: str) -> float:
-    """One at which some steps reuse: somewhat above the middle of the signals."""
-    cached = denoiser(KINDS[kind](1e9 if kind == "speca" else 0.0))
-    generate(cached)
-    signals = sorted(d.signal for d in cached.stats().decisions if d.signal)
-    assert signals
-    return 1.5 * signals[len(signals) // 2]
-
-
-@cache
-def run(kind: str, decide: str, seed: int = 0) -> tuple[Outputs, Any, str]:
-    """One generation: its outputs, its statistics and its bits."""
-    cached = denoiser(KINDS[kind](threshold(kind)), decide)
-    outputs = generate(cached, seed)
-    return outputs, cached.stats(), bits(cached)
-
-
-def bits(cached: CachedDenoiser, context: str | None = None) -> str:
-    """R refreshed, u reused."""
-    chosen = [d for d in cached.stats().decisions if context in (None, d.context)]
-    return "".join("u" if decision.reused else "R" for decision in chosen)
-
-
-def plain(seed: int = 0, steps: int = STEPS) -> Outputs:
-    return generate(NET, seed, steps)
 
 
 # --- host, graph, lag ---
@@ -331,219 +244,3 @@ def test_two_rules_decide_each_for_itself_and_merged_programs_refresh_more() -> 
         verdicts = decision.verdicts
         assert all(v.refresh and (v.forced or v.signal >= v.limit) for v in verdicts)
         assert verdicts[1].signal == verdicts[0].signal  # both kept what they saw at the step before
-
-
-# --- isolation ---
-
-
-def go_on(model: Any, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    outputs = Outputs()
-    for step in range(first, last):
-        x = advance(model, x, step, STEPS, outputs)
-    return x
-
-
-@pytest.mark.parametrize("decide", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_exception_leaves_nothing_stale(kind: str, decide: str) -> None:
-    expected, _, found = run(kind, decide, 7)
-    cached = denoiser(KINDS[kind](threshold(kind)), decide)
-    reusing = run(kind, decide)[2].index("u", 3)
-    x = go_on(cached, start(0), 0, reusing)
-    state = cached._driver.recognizer.contexts["#0"].payload
-    for history in state.histories.values():  # the next step fails, in its second part where it is split
-        history.slots = [[torch.zeros(7, 11, 13) for _ in slots] for slots in history.slots]
-    with pytest.raises((RuntimeError, AssertionError)):
-        go_on(cached, x, reusing, reusing + 1)
-    assert equal(generate(cached, 7), expected)
-    assert bits(cached) == found
-
-
-@pytest.mark.parametrize("decide", MODES)
-def test_a_pipeline_that_never_ends_its_run_leaves_nothing_stale(decide: str) -> None:
-    expected, _, found = run("first_block_cache", decide, 7)
-    cached = denoiser(KINDS["first_block_cache"](threshold("first_block_cache")), decide, num_steps=None)
-    go_on(cached, start(0), 0, 5)  # raises between two calls, and never resets
-    assert equal(generate(cached, 7), expected)
-    assert bits(cached) == found
-
-
-@pytest.mark.parametrize("decide", ["host", "graph"])
-def test_two_threads_share_no_decisions(decide: str) -> None:
-    cached = denoiser(KINDS["tea_cache"](threshold("tea_cache")), decide)
-    got: dict[int, Any] = {}
-    gate = threading.Barrier(3)
-
-    def work(seed: int) -> None:
-        torch.set_num_threads(1)
-        gate.wait()
-        try:
-            got[seed] = generate(cached, seed), bits(cached)
-        except BaseException as error:
-            got[seed] = error
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 7, 9)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed in (0, 7, 9):
-        expected, _, found = run("tea_cache", decide, seed)
-        assert not isinstance(got[seed], BaseException), got[seed]
-        assert equal(got[seed][0], expected)
-        assert got[seed][1] == found
-
-
-@pytest.mark.parametrize("decide", MODES)
-def test_a_generation_of_another_length(decide: str) -> None:
-    schedule = KINDS["tea_cache"](threshold("tea_cache"))
-    cached = denoiser(schedule, decide, num_steps=None)
-    for steps in (STEPS, 9, 13):
-        found = generate(cached, 0, steps, "cond", num_inference_steps=steps)
-        alone = denoiser(schedule, decide, num_steps=steps)
-        assert equal(found, generate(alone, 0, steps))
-        assert bits(cached) == bits(alone)
-        assert bits(cached)[-1] == "R"
-        assert "u" in bits(cached)
-
-
-# --- what is said ---
-
-
-def test_reads_and_signals_are_recorded() -> None:
-    for kind in KINDS:
-        _, stats, found = run(kind, "host")
-        early, late = kind != "speca", kind in ("easy_cache", "speca")
-        assert stats.reads == early * STEPS + late * (STEPS - 1)
-        _, graph, _ = run(kind, "graph")
-        assert (graph.reads, graph.close) == (0, 0)
-        assert all(math.isfinite(d.threshold) for d in stats.decisions)
-        assert stats.decisions[0].signal is None
-        assert all(d.signal is not None and d.signal >= 0 for d in stats.decisions[1:])
-        assert stats.steps == STEPS == stats.refreshed + stats.reused
-        assert stats.reused == found.count("u")
-
-
-@pytest.mark.parametrize("decide", MODES)
-def test_signals_near_the_threshold_are_counted(decide: str) -> None:
-    first = denoiser(schedules.first_block_cache(1e-9), decide)
-    generate(first, steps=5)
-    signal = next(d.signal for d in first.stats().decisions if d.signal is not None)
-    assert first.stats().close == 0
-    cached = denoiser(schedules.first_block_cache(signal * (1 + 4e-6)), decide)
-    generate(cached, steps=5)
-    assert cached.stats().close == 1
-    assert "1 decision(s) within 1e-5 of the threshold" in cached.summary()
-
-
-@pytest.mark.parametrize("decide", MODES)
-def test_the_summary_says_why_nothing_was_reused(decide: str) -> None:
-    cached = denoiser(schedules.first_block_cache(1e-6), decide)
-    generate(cached)
-    lowest = min(d.signal for d in cached.stats().decisions if d.signal is not None)
-    assert f"the signal never fell below the threshold (nearest {lowest:.3g}, limit 1e-06)" in cached.summary()
-    assert "raise the threshold" in cached.summary()
-    cached = denoiser(schedules.first_block_cache(9.0, warm_up=STEPS), decide)
-    generate(cached)
-    assert "warm-up, cool-down and limits left no step for the guard to decide" in cached.summary()
-    assert f"{STEPS} refresh(es) were forced" in cached.summary()
-    cached = denoiser(KINDS["tea_cache"](threshold("tea_cache")), decide)
-    generate(cached)
-    assert "nothing was reused" not in cached.summary()
-    assert f"threshold {threshold('tea_cache'):.3g}" in cached.summary()
-    assert f"{bits(cached).count('u')} reused" in cached.summary()
-
-
-@pytest.mark.parametrize("name", ["first_block_cache", "di_cache"])
-def test_what_guards_keep_comes_back_as_it_was_compiled_for(name: str) -> None:
-    """Tokens made by a convolution lie transposed in memory, and so does what is computed from them."""
-    model = sample("plain-dit-shared-adaln")
-    cached = compile_with_cache(model.module, schedules.get(name, threshold=9.0), backend=strict, num_steps=4)
-    with torch.no_grad():
-        for moment in (900.0, 800.0, 700.0):
-            cached(model.args[0], torch.full((2,), moment), *model.args[2:])
-    assert bits(cached) == "Ruu"
-
-
-# --- schedules ---
-
-PRESETS = {
-    "mask": {"bits": [1, 0]},
-    "smooth_cache": {"mlp": [1, 0]},
-    "block_cache": {"bits": [[1, 1], [0, 1]]},
-    "l2p": {"rows": [[1.0], [1.5, -0.5]]},
-    "tea_cache": {"coefficients": "flux"},
-    "first_block_cache": {"forecast": Taylor(2)},
-    "di_cache": {"minus_input": True},
-    "faster_cache": {"second": True},
-    "t_gate": {"halves": True},
-}
-
-
-@pytest.mark.parametrize("name", schedules.list())
-def test_every_preset_survives_json(name: str) -> None:
-    schedule = schedules.get(name, **PRESETS.get(name, {}))
-    again = CacheSchedule.from_json(schedule.to_json())
-    assert again == schedule
-    assert hash(again) == hash(schedule)
-    assert [type(rule.guard) for rule in again.rules] == [type(rule.guard) for rule in schedule.rules]
-    data = schedule.to_dict()
-    if name in ("first_block_cache", "tea_cache", "db_cache"):
-        assert data["rules"][0]["guard"]["of"]["kind"] in ("blocks_output", "modulated_input")
-        data["rules"][0]["guard"]["of"]["kind"] = "block_output"
-        with pytest.raises(ScheduleError, match="unknown quantity 'block_output'"):
-            CacheSchedule.from_dict(data)
-
-
-def capped(most: int | None) -> CachedDenoiser:
-    schedule = dataclasses.replace(schedules.first_block_cache(0.5, forecast=Taylor(2)), memory_cap=most)
-    cached = denoiser(schedule, example_inputs=((start(0), torch.tensor(1.0)), {}))
-    generate(cached)
-    return cached
-
-
-def test_a_memory_cap_shortens_the_history(caplog: pytest.LogCaptureFixture) -> None:
-    one = 2 * 8 * 4
-    assert capped(None).explain().cache_bytes == 4 * one  # three refreshes, and what the guard keeps
-    with caplog.at_level(logging.WARNING):
-        cached = capped(3 * one)
-    assert cached.explain().cache_bytes == 3 * one
-    assert "2 of 3 past refreshes" in caplog.text
-    assert "u" in bits(cached)
-    assert capped(2 * one).explain().cache_bytes == 2 * one
-    with pytest.raises(ScheduleError) as error:
-        capped(2 * one - 1)
-    for word in (f"at least {2 * one} bytes", f"memory_cap is {2 * one - 1}", "raise the cap"):
-        assert word in str(error.value)
-
-
-def test_a_memory_cap_counts_what_the_guard_keeps() -> None:
-    most = 3 * 2 * 8 * 4
-    assert capped(most).stats().cache_bytes <= most
-
-
-def test_a_window_of_timesteps() -> None:
-    rule = Rule(Trunk(first=1), Interval(2, window=(0.3, 0.8)), storage="residual")
-    for decide in ("host", "graph"):
-        cached = denoiser(CacheSchedule("window", (rule,)), decide)
-        outputs = generate(cached)  # timesteps 1, 0.95, 0.9, ...: inside from step 5 (0.75) to 13 (0.35)
-        assert bits(cached) == "RRRRRuRuRuRuRu" + "RRRRRR"
-        assert equal(outputs[:5], plain()[:5])
-
-
-def test_attention_is_broadcast_inside_its_window() -> None:
-    """PAB on a text transformer: self-attention every second step, cross-attention every third, between timesteps."""
-    model = sample("PixArtTransformer2DModel")
-    cached = compile_with_cache(
-        model.module, schedules.pab(2, 3, window=(100, 850)), backend="eager", max_programs=None
-    )
-    args, kwargs = model.args, dict(model.kwargs)
-    for moment in (950, 900, 840, 600, 400, 200, 100, 50):
-        with torch.no_grad():
-            cached(*args, **{**kwargs, "timestep": torch.full_like(kwargs["timestep"], moment)})
-    found = {}
-    for kind in ("attn1", "attn2"):
-        reused = [[name for name in d.reused if name.endswith(kind)] for d in cached.stats().decisions]
-        assert {len(names) for names in reused} == {0, 6}
-        found[kind] = "".join("u" if names else "R" for names in reused)
-    assert found == {"attn1": "RRRuRuRR", "attn2": "RRuRuuRR"}
