@@ -64,6 +64,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 @dataclass
 class Sample:
     """A model, one call of it, and what capture made of them. `raw` is the program before Normalize."""

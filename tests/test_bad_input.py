@@ -34,7 +34,7 @@ from diffcache_fx import (
     schedules,
 )
 
-from .test_recognition import MODEL, OTHER, PROMPT, TIMES, Denoiser, latents, time
+from .tracked import MODEL, OTHER, PROMPT, TIMES, Denoiser, latents, time
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CALL = (latents(0), time(900.0), PROMPT)
