@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from bench.fidelity_methods import contenders
 from bench.method_runs import Record
 from bench.perceptual import MEASURES
 from bench.quality import Estimate, difference, probability_of_none, shown_of_many
@@ -111,11 +112,13 @@ def markdown(data: Record) -> str:
             lines += ["| " + " | ".join(cells(row, more)) + " |" for row in sorted(here, key=_psnr, reverse=True)]
             off = [f"{r['method']} ({r['ideal_speedup']:.2f}x)" for r in every if r["kind"] == "off budget"]
             lines += ["", f"Off the budget on these samples, and left out above: {', '.join(off)}."] if off else []
-            missing = [row for row in rows if row["budget"] == budget and row["kind"] == "out of reach"]
-            if missing:
-                told = [f"{row['method']} (nearest {row['nearest']:.2f}x)" for row in missing]
+            far = [row for row in rows if row["budget"] == budget and row["kind"] == "out of reach"]
+            if far:
+                told = [f"{row['method']} (nearest {row['nearest']:.2f}x)" for row in far]
                 lines += ["", f"Out of reach: {', '.join(told)}."]
             lines.append("")
+        missing = [each.method for each in contenders() if not any(row["method"] == each.method for row in rows)]
+        lines += [f"Not run here: {', '.join(missing)}.", ""] if missing else []
         why = {row["method"]: row["why"] for row in rows if row["kind"] == "not applicable"}
         lines += [f"- {method} does not apply: {text}" for method, text in why.items()]
         lines.append("")

@@ -156,6 +156,8 @@ def test_the_report(tmp_path: Path) -> None:
     assert text.index("**calibrated plan**") < text.index("uncached, DDIM") < text.index("| foca")
     assert "Out of reach: pab (nearest 1.20x)." in text
     assert "t_gate does not apply: no." in text
+    assert "Not run here: taylor_seer, order 1," in text
+    assert all(name not in text.partition("Not run here")[2] for name in ("fora", "pab,", "t_gate,"))
     (picture,) = pictures(DATA, tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
