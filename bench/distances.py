@@ -7,7 +7,8 @@ does to the uncached images: how many percent of guidance it is worth, how much 
 whether it goes with how much nearer to real images the method is, in Fréchet distance.
 
 Weakened: our plan under slightly weaker guidance, against the published methods at the same budget: what it then keeps
-of its PSNR, and which of them it is still shown to be farther than.
+of its PSNR, and which of them it is still shown to be farther than; and against each that is nearer to real images: how
+much weaker its guidance has to be to come as near, and how much nearer to the uncached images it then still is.
 
 Writes `bench/results/distances.json` and `distances.md`.
 """
@@ -34,7 +35,7 @@ from bench.quality import Estimate, difference
 from diffcache_fx.models import DEMOS
 
 SMALL = 0.95  # the share of guidance that is kept where its direction is measured
-SHARES = (0.97, 0.95, 0.9, 0.85)
+SHARES = (0.97, 0.95, 0.9, 0.85, 0.8)
 CLOSE_DB = 25.0  # errors beyond are no longer small, and not along anything
 console = Console(stderr=True)
 
@@ -119,43 +120,80 @@ def weakened_table(study: Study, rows: list[Record], shares: tuple[float, ...]) 
     return found
 
 
+def as_near(weakened: list[Record], rows: list[Record]) -> list[Record]:
+    """Of each published method that is nearer to real images than our plan: the most guidance with which ours is as
+    near, and its PSNR over that method's; None where it is not with any that was tried."""
+    found = []
+    for row in rows:
+        if row["kind"] != "published" or "quality" not in row:
+            continue
+        quality = {name: row["quality"][name]["value"] for name in ("psnr_db", "frechet")}
+        tried = sorted((line for line in weakened if line["budget"] == row["budget"]), key=lambda line: -line["share"])
+        if not tried or tried[0]["frechet"] <= quality["frechet"]:
+            continue
+        reached = next((line for line in tried if line["frechet"] <= quality["frechet"]), None)
+        ours = (
+            {} if reached is None else {"share": reached["share"], "gain_db": reached["psnr_db"] - quality["psnr_db"]}
+        )
+        found.append({"method": row["method"], "budget": row["budget"], **quality, **ours})
+    return found
+
+
 def markdown(data: Record) -> str:
     lines = ["# Why Fréchet distances of cached images differ", ""]
     for name, entry in data.items():
-        agreed = entry["agreement"]
-        lines += [
-            f"## {name}",
-            "",
-            "Weaker guidance: percent of the guidance scale above 1 that a method's error amounts to, by projection on "
-            "what less of it does to the uncached images; how that correlates with the error; how much nearer to real "
-            f"digits than the uncached images the method's are. Rank correlation of the first and the last over the "
-            f"{agreed['lines']} lines of at least {agreed['at_least_db']:g} dB: {agreed['spearman']:+.2f}.",
-            "",
-            "| method | budget | PSNR, dB | weaker guidance | correlation | nearer to real digits |",
-            "|---|---|---|---|---|---|",
-        ]
-        for line in sorted(entry["guidance"], key=lambda line: (line["budget"], -line["percent"])):
-            near = line["nearer"]
-            told = f"{near['value']:+.3f} [{near['low']:+.3f}, {near['high']:+.3f}]"
-            head = f"| {line['method']} | {line['budget']:g}x | {line['psnr_db']:.1f} | {line['percent']:+.1f} % |"
-            lines.append(f"{head} {line['correlation']:+.2f} | {told} |")
-        lines += [
-            "",
-            "Our plan with less guidance, against the published methods at the same budget; farther: those that it is "
-            "shown to be farther from real digits than, each as if it alone were looked at.",
-            "",
-            "| budget | guidance kept | PSNR, dB | over the best published | by seed | Fréchet distance | farther |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for line in entry["weakened"]:
-            seeds = ", ".join(f"{gain:+.2f}" for gain in line["gain_by_seed_db"])
-            head = (
-                f"| {line['budget']:g}x | {100 * line['share']:g} % | {line['psnr_db']:.2f} | {line['gain_db']:+.2f} "
-            )
-            told = f"{head}({line['best']}) | {seeds} | {line['frechet']:.2f} |"
-            lines.append(f"{told} {', '.join(line['worse']) or 'none'} |")
-        lines.append("")
+        lines += [f"## {name}", "", *_guidance_lines(entry["guidance"], entry["agreement"]), ""]
+        lines += [*_weakened_lines(entry["weakened"]), "", *_near_lines(entry["as_near"]), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _guidance_lines(found: list[Record], agreed: Record) -> list[str]:
+    lines = [
+        "Weaker guidance: percent of the guidance scale above 1 that a method's error amounts to, by projection on what "
+        "less of it does to the uncached images; how that correlates with the error; how much nearer to real digits than "
+        f"the uncached images the method's are. Rank correlation of the first and the last over the {agreed['lines']} "
+        f"lines of at least {agreed['at_least_db']:g} dB: {agreed['spearman']:+.2f}.",
+        "",
+        "| method | budget | PSNR, dB | weaker guidance | correlation | nearer to real digits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in sorted(found, key=lambda line: (line["budget"], -line["percent"])):
+        near = line["nearer"]
+        told = f"{near['value']:+.3f} [{near['low']:+.3f}, {near['high']:+.3f}]"
+        head = f"| {line['method']} | {line['budget']:g}x | {line['psnr_db']:.1f} | {line['percent']:+.1f} % |"
+        lines.append(f"{head} {line['correlation']:+.2f} | {told} |")
+    return lines
+
+
+def _weakened_lines(found: list[Record]) -> list[str]:
+    lines = [
+        "Our plan with less guidance, against the published methods at the same budget; farther: those that it is shown "
+        "to be farther from real digits than, each as if it alone were looked at.",
+        "",
+        "| budget | guidance kept | PSNR, dB | over the best published | by seed | Fréchet distance | farther |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in found:
+        seeds = ", ".join(f"{gain:+.2f}" for gain in line["gain_by_seed_db"])
+        head = f"| {line['budget']:g}x | {100 * line['share']:g} % | {line['psnr_db']:.2f} |"
+        told = f"{head} {line['gain_db']:+.2f} dB ({line['best']}) | {seeds} | {line['frechet']:.2f} |"
+        lines.append(f"{told} {', '.join(line['worse']) or 'none'} |")
+    return lines
+
+
+def _near_lines(found: list[Record]) -> list[str]:
+    lines = [
+        "Each published method that is nearer to real digits than our plan: with how much of the guidance ours is as "
+        "near, and how much nearer to the uncached images it is then.",
+        "",
+        "| budget | method | PSNR, dB | Fréchet distance | guidance kept by ours | over its PSNR |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in sorted(found, key=lambda line: (line["budget"], -line["psnr_db"])):
+        ours = f"{100 * line['share']:g} % | {line['gain_db']:+.2f} dB" if "share" in line else "not reached | -"
+        head = f"| {line['budget']:g}x | {line['method']} | {line['psnr_db']:.2f} | {line['frechet']:.2f} |"
+        lines.append(f"{head} {ours} |")
+    return lines
 
 
 def main() -> None:
@@ -178,8 +216,9 @@ def main() -> None:
     options.measures = {}
     study = Study(options.model, options.sampler, options)
     lines = guidance_table(study, rows)
-    entry = {"guidance": lines, "agreement": agreement(lines)}
+    entry: Record = {"guidance": lines, "agreement": agreement(lines)}
     entry["weakened"] = weakened_table(study, rows, tuple(options.shares))
+    entry["as_near"] = as_near(entry["weakened"], rows)
     data = read_json(options.out) | {f"{options.model}, {options.sampler}": entry}
     write_json(options.out, data)
     options.out.with_suffix(".md").write_text(markdown(data))

@@ -251,3 +251,17 @@ def test_why_distances_differ(
     monkeypatch.setattr(sys, "argv", [*command, "--model", "digit-pairs"])
     with pytest.raises(SystemExit):
         distances.main()
+
+
+def test_how_much_weaker_guidance_makes_up_for_a_distance() -> None:
+    weakened = [
+        {"budget": 2.0, "share": share, "psnr_db": psnr, "frechet": frechet}
+        for share, psnr, frechet in ((1.0, 40.0, 1.35), (0.9, 38.0, 1.31), (0.95, 39.0, 1.32))
+    ]
+    rows = [*ROWS, row("pab", "published", 30.0, 1.0), row("tea_cache", "published", 30.0, 1.3, budget=3.0)]
+    found = distances.as_near(weakened, rows)  # fora is farther than ours, and nothing of ours is at 3x
+    assert [(line["method"], line.get("share"), line.get("gain_db")) for line in found] == [
+        ("foca", None, None),
+        ("l2p", 0.95, 3.0),
+        ("pab", None, None),
+    ]
