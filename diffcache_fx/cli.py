@@ -158,7 +158,9 @@ def demo(
     """Draw handwritten digits with and without a cache, side by side, with the speed-up and the fidelity measured."""
     with one_sentence():
         from .demo import run
+        from .folders import check_folder
 
+        check_folder(out, "--out")
         schedules = named(schedule) if schedule else run.default_schedules(model, steps)
         with bars() as told:
             found = run.run_demo(schedules, out, name=model, steps=steps, images=images, backend=backend, progress=told)
@@ -216,9 +218,17 @@ def bench(
     with one_sentence():
         from .comparing import compare
         from .demo.run import Digits
+        from .errors import CacheError
+        from .folders import check_folder
         from .models import load_target
         from .workload import Calls, Workload
 
+        if out is not None:
+            if out.is_dir():
+                raise CacheError(f"--out {out} is a folder: give a file, which gets everything measured as JSON")
+            check_folder(out.parent, "the folder of --out")
+        if report is not None:
+            check_folder(report, "--report")
         schedules = named(schedule or ["default"])
         target = load_target(model)
         workload: Workload

@@ -37,6 +37,7 @@ def export(
         from .export import to_aot_inductor, to_onnx, to_tensorrt
         from .export.bundle import check_target, version_of
         from .export.forms import check_form
+        from .folders import check_folder
         from .models import load_target
 
         writers: dict[str, Callable[..., Path]] = dict(
@@ -46,6 +47,7 @@ def export(
             raise ExportError(f"--format must be one of {', '.join(WRITERS)}, not {format!r}")
         check_form(form)
         check_target(out, overwrite)
+        check_folder(out.parent, "the folder of --out")
         for package in NEEDED[format]:
             version_of(package)
         (found,) = named([schedule]).values()
@@ -89,9 +91,10 @@ def run(
     """Generate with a bundle: the demo's digits, or what a diffusers pipeline makes with the bundle as its denoiser."""
     with one_sentence():
         from .export import load_bundle
+        from .folders import check_folder
 
+        check_folder(out, "--out")
         loaded = load_bundle(bundle)
-        out.mkdir(parents=True, exist_ok=True)
         written = _digits(loaded, images, out) if pipeline is None else _pipeline(loaded, pipeline, call, out)
         console.print(loaded.summary(), markup=False, highlight=False, soft_wrap=True)
         console.print(f"wrote {', '.join(str(path) for path in written)}", highlight=False, soft_wrap=True)
@@ -112,7 +115,7 @@ def _digits(loaded: Any, images: int, out: Path) -> list[Path]:
     if demo is None:
         raise BundleError(
             f"this bundle holds a {loaded.manifest.model} that is not the demo's: pass --pipeline FOLDER, the "
-            "diffusers pipeline that it belongs to"
+            "diffusers pipeline that it belongs to, or call it from Python, with diffcache_fx.export.load_bundle"
         )
     work, drawn = Digits(demo, steps or 50), []
     total = images * work.steps
@@ -126,6 +129,7 @@ def _digits(loaded: Any, images: int, out: Path) -> list[Path]:
             made = work.generate(loaded, turn, None, tick)
             assert made is not None
             drawn.append(made)
+    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{demo.name}.png"
     Image.fromarray(image_grid(torch.cat(drawn)).numpy()).save(path)
     return [path]
@@ -161,6 +165,7 @@ def _pipeline(loaded: Any, folder: Path, call: str, out: Path) -> list[Path]:
     pictures = getattr(made, "images", None)
     if pictures is None:
         raise BundleError(f"the pipeline {type(pipe).__name__} returns no images: run it from Python, with load_bundle")
+    out.mkdir(parents=True, exist_ok=True)
     paths = []
     for index_, picture in enumerate(pictures):
         paths.append(out / f"image_{index_}.png")

@@ -100,9 +100,10 @@ class Comparison:
         wide = [row.name for row in self.rows if row.speedup.high > _STEADY * row.speedup.low]
         if not wide:
             return ""
+        named = repr(wide[0]) + (f" and {len(wide) - 1} more" if len(wide) > 1 else "")
         return (
-            f"The rounds of {wide[0]!r} differ by half and more: something else kept this machine busy. Go by the "
-            "ideal speed-up, or measure again."
+            f"The rounds of {named} differ by half and more: something else kept this machine busy. Go by the ideal "
+            "speed-up, or measure again."
         )
 
     def table(self) -> Table:

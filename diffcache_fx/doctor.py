@@ -21,6 +21,8 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "peft",
+    "matplotlib",
+    "torchmetrics",
     "onnx",
     "onnxscript",
     "onnxruntime",

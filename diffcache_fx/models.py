@@ -87,7 +87,13 @@ def _from_factory(text: str, module_name: str, factory_name: str) -> Target:
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         raise CacheError(f"the module {module_name!r} has no function {factory_name!r}")
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise CacheError(
+            f"{text} failed when it was called without arguments ({type(error).__name__}: {error}): it must return "
+            "(module, args, kwargs) for one call"
+        ) from error
     match made:
         case (nn.Module() as model, Mapping() | tuple() | list() as args, Mapping() as kwargs) if not isinstance(
             args, Mapping

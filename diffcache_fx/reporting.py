@@ -54,8 +54,8 @@ def calibration_page(model: str, work: Calibration, found: Findings, target: Any
     facts = {
         "refreshes": f"{count} of {work.steps}",
         "speed-up by FLOPs": f"{work.ideal(found.plan):.2f}",
-        "mean square error, predicted": f"{found.predicted:.3g}",
-        "mean square error, measured": f"{found.measured:.3g}",
+        "mean square error, expected from the plan": f"{found.predicted:.3g}",
+        "mean square error, measured on other noise": f"{found.measured:.3g}",
     }
     if found.speedup is not None:
         facts["speed-up, measured"] = f"{found.speedup:.2f}"

@@ -167,6 +167,8 @@ class CacheSchedule:
                 f"this schedule has version {data.get('version')!r}, and this library reads version {VERSION}: "
                 "make it again with this library, or install the library that wrote it"
             )
+        if "rules" not in data:
+            raise ScheduleError("the field 'rules' is missing: without it this would be another schedule")
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
         return _decode_into(
             cls, fields, "schedule", {"rules": _decode_rules, "branch": _decode_branch, "made_for": _decode_made_for}
@@ -198,7 +200,10 @@ class CacheSchedule:
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise ScheduleError(f"no schedule at {path}: give the file, or a folder that holds {FILE_NAME}")
-        return cls.from_json(path.read_text())
+        try:
+            return cls.from_json(path.read_text())
+        except ScheduleError as error:
+            raise ScheduleError(f"{path}: {error}") from error
 
 
 def static_refresh(rule: Rule, step: int, num_steps: int | None, region: int, warm_up: int) -> bool:

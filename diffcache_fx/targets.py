@@ -28,6 +28,9 @@ class Speedup:
         if self.times < 1:
             raise CalibrationError(f"a speed-up is 1 or more, not {self.times!r}")
 
+    def __str__(self) -> str:
+        return f"{self.times:g} times as fast"
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -37,6 +40,9 @@ class Latency:
 
     def __post_init__(self) -> None:
         _positive("seconds", self.seconds)
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s a generation"
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ class Psnr:
     def __post_init__(self) -> None:
         _positive("decibels", self.decibels)
         _positive("data_range", self.data_range)
+
+    def __str__(self) -> str:
+        return f"{self.decibels:g} dB to the uncached samples"
 
     @staticmethod
     def error(samples: Tensor, reference: Tensor) -> Tensor:
@@ -70,6 +79,9 @@ class RelativeL1:
     def __post_init__(self) -> None:
         _positive("largest", self.largest)
 
+    def __str__(self) -> str:
+        return f"relative L1 error of {self.largest:g} at most"
+
     @staticmethod
     def error(samples: Tensor, reference: Tensor) -> Tensor:
         """Of each sample, its relative L1 error."""
@@ -79,6 +91,11 @@ class RelativeL1:
 
 Target = Speedup | Latency | Psnr | RelativeL1
 TARGETS: tuple[type, ...] = (Speedup, Latency, Psnr, RelativeL1)
+
+
+def in_decibels(mse: float, data_range: float) -> str:
+    """A mean square error as PSNR, in words."""
+    return f"{10 * math.log10(data_range**2 / mse):.1f} dB" if mse > 0 else "no error"
 
 
 def check_target(target: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .allotment import JointPlan
-from .errors import NotFiniteError
+from .errors import CalibrationError, NotFiniteError
 from .recording import RecordingDenoiser, Replay
 from .targets import Psnr, RelativeL1
 
@@ -69,7 +69,13 @@ class Tries:
     def _reference(self, seed: int) -> Tensor:
         if seed not in self._references:
             self._recorder.forget()
-            self._references[seed] = self._measured.run(self._recorder, seed)
+            found = self._measured.run(self._recorder, seed)
+            if any(found.shape == other.shape and torch.equal(found, other) for other in self._references.values()):
+                raise CalibrationError(
+                    f"the sampler gives the same samples for seed {seed} as for another: let its noise depend on the "
+                    "seed it is called with, so that plans can be judged on noise they were not made for"
+                )
+            self._references[seed] = found
             self._said[seed] = self._recorder.outputs()
         return self._references[seed]
 

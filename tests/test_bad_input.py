@@ -233,6 +233,10 @@ def changed(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
     return data
 
 
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in schedules.interval(3).to_dict().items() if key != name}
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -248,6 +252,7 @@ def changed(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
         (changed(("rules", 0, "guard"), "interval"), ("guard", "kind")),
         (changed(("rules", 0, "guard", "every"), 0), ("from 1",)),
         ([], ("no cache schedule",)),
+        (without("rules"), ("field 'rules' is missing",)),
     ],
 )
 def test_a_schedule_file_that_is_wrong(tmp_path: Path, data: Any, words: tuple[str, ...]) -> None:
@@ -256,7 +261,7 @@ def test_a_schedule_file_that_is_wrong(tmp_path: Path, data: Any, words: tuple[s
     for load in (lambda: CacheSchedule.from_pretrained(tmp_path), lambda: compiled(file)):
         with pytest.raises(ScheduleError) as error:
             load()
-        says(error, *words)
+        says(error, str(file), *words)
 
 
 @pytest.mark.parametrize("rules", [None, 3, [], "interval"])

@@ -225,6 +225,7 @@ def test_unknown_schedule_and_options() -> None:
 def test_unknown_model(factory: str, tmp_path: Path) -> None:
     assert "there is no model 'digit'" in failure("inspect", "digit")
     assert "cannot import" in failure("inspect", "no_such_package.module:factory")
+    assert "failed when it was called without arguments (TypeError" in failure("inspect", "torch.nn:Linear")
     assert "has no function 'nobody'" in failure("inspect", f"{factory}:nobody")
     assert "must return (module, args, kwargs)" in failure("inspect", f"{factory}:wrong")
     (tmp_path / "empty").mkdir()
