@@ -141,8 +141,8 @@ def captured(module: nn.Module, *args: Any, **kwargs: Any) -> StepProgram:
 _traces: WeakKeyDictionary[nn.Module, list[tuple[FlatCall, Any, Traced]]] = WeakKeyDictionary()
 
 
-@pytest.fixture(autouse=True)
-def shared_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def shared_traces() -> Iterator[None]:
     """Cached denoisers around a module that is still what it was take what tracing it gave before."""
 
     def once(module: nn.Module, args: Any = (), kwargs: Any = None, **options: Any) -> Traced:
@@ -156,7 +156,9 @@ def shared_traces(monkeypatch: pytest.MonkeyPatch) -> None:
         _traces.setdefault(module, []).append((call, mark, traced))
         return traced
 
-    monkeypatch.setattr(compiling, "capture", once)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "capture", once)
+        yield
 
 
 def _same_values(program: StepProgram, call: FlatCall) -> bool:
