@@ -1,6 +1,6 @@
 """Why cached images come out nearer to real ones, or farther, than uncached ones: `python -m bench.distances`.
 
-After `bench.fidelity`, from the images it keeps (draws what is missing). Two tables for one model under one sampler.
+After `bench.fidelity`, from the images it keeps (draws what is missing). Tables for one model under one sampler.
 
 Guidance: each method's error (its images less the uncached ones of the same noise), projected on what weaker guidance
 does to the uncached images: how many percent of guidance it is worth, how much of the error that is (correlation), and
@@ -16,7 +16,7 @@ Writes `bench/results/distances.json` and `distances.md`.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ class Errors:
     """Errors of images against the uncached ones, and what of them is weaker guidance. study: what was drawn."""
 
     study: Study
-    known: dict[str, Tensor] = field(default_factory=dict)
 
     def images(self, setting: Setting) -> Tensor:
         """Of all seeds, [N, C, H, W]; drawn where they are not kept."""
@@ -90,16 +89,9 @@ def guidance_table(study: Study, rows: list[Record]) -> list[Record]:
 def agreement(lines: list[Record]) -> Record:
     """Rank correlation, over methods whose errors are small, of guidance lost and of nearness gained."""
     close = [line for line in lines if line["psnr_db"] >= CLOSE_DB]
-    percent, nearer = (torch.tensor([value(line) for line in close]) for value in (_percent, _nearer))
+    percent = torch.tensor([line["percent"] for line in close])
+    nearer = torch.tensor([line["nearer"]["value"] for line in close])
     return {"lines": len(close), "at_least_db": CLOSE_DB, "spearman": float(spearman_corrcoef(percent, nearer))}
-
-
-def _percent(line: Record) -> float:
-    return float(line["percent"])
-
-
-def _nearer(line: Record) -> float:
-    return float(line["nearer"]["value"])
 
 
 def weakened_table(study: Study, rows: list[Record], shares: tuple[float, ...]) -> list[Record]:
@@ -122,7 +114,7 @@ def weakened_table(study: Study, rows: list[Record], shares: tuple[float, ...]) 
 
 def as_near(weakened: list[Record], rows: list[Record]) -> list[Record]:
     """Of each published method that is nearer to real images than our plan: the most guidance with which ours is as
-    near, and its PSNR over that method's; None where it is not with any that was tried."""
+    near, and its PSNR over that method's; without these where it is not with any that was tried."""
     found = []
     for row in rows:
         if row["kind"] != "published" or "quality" not in row:
@@ -132,10 +124,10 @@ def as_near(weakened: list[Record], rows: list[Record]) -> list[Record]:
         if not tried or tried[0]["frechet"] <= quality["frechet"]:
             continue
         reached = next((line for line in tried if line["frechet"] <= quality["frechet"]), None)
-        ours = (
-            {} if reached is None else {"share": reached["share"], "gain_db": reached["psnr_db"] - quality["psnr_db"]}
-        )
-        found.append({"method": row["method"], "budget": row["budget"], **quality, **ours})
+        line = {"method": row["method"], "budget": row["budget"], **quality}
+        if reached is not None:
+            line |= {"share": reached["share"], "gain_db": reached["psnr_db"] - quality["psnr_db"]}
+        found.append(line)
     return found
 
 

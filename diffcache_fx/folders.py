@@ -22,5 +22,5 @@ def check_folder(folder: Path, name: str) -> None:
         for part in missing:
             if part.is_dir():
                 part.rmdir()
-    if not os.access(folder if not missing else missing[-1].parent, os.W_OK):
+    if not missing and not os.access(folder, os.W_OK):
         raise CacheError(f"{name} {folder} cannot be written to: give another folder")
